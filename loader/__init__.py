@@ -1,0 +1,1 @@
+"""What fits where, and putting it there. Knows no web."""

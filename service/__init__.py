@@ -1,0 +1,1 @@
+"""Serves a loaded model over HTTP."""

@@ -1,0 +1,1 @@
+"""Steps requests through the model. Knows no web, no pydantic, no prometheus."""
