@@ -55,7 +55,7 @@ class BudgetExceeded(LoaderError):
 
 
 class OverBudget(LoaderError):
-    """Measured memory passed the budget while loading or rehearsing: the plan was wrong, so nothing is served."""
+    """Measured memory passed the budget while loading or rehearsing: the plan was wrong."""
 
     exit_code = EXIT_DOES_NOT_FIT
 
@@ -78,6 +78,14 @@ class BadCheckpoint(LoaderError):
     """A model folder that cannot be read as one."""
 
 
+class NotAModel(BadCheckpoint):
+    """What was given is neither a model's folder nor a hub id, or cannot be opened."""
+
+    def __init__(self, source: str, reason: str) -> None:
+        self.source = source
+        super().__init__(f"{source}: {reason}")
+
+
 class NoConfig(BadCheckpoint):
     """There is no config.json, or it is not the description of a model."""
 
@@ -89,9 +97,10 @@ class NoConfig(BadCheckpoint):
 class NoWeights(BadCheckpoint):
     """A folder with a config and no weights."""
 
-    def __init__(self, source: str) -> None:
+    def __init__(self, source: str, gguf: Sequence[str] = ()) -> None:
+        instead = f" ({gguf[0]} is GGUF, which snugfit does not read)" if gguf else ""
         super().__init__(
-            f"{source}: holds a config.json but no *.safetensors file. "
+            f"{source}: holds a config.json but no *.safetensors file{instead}. "
             "Download the weights too, or give the folder that has them."
         )
 
@@ -102,10 +111,12 @@ class PickleWeights(BadCheckpoint):
     def __init__(self, source: str, names: Sequence[str]) -> None:
         self.names = tuple(names)
         super().__init__(
-            f"{source}: weights are only in pickle files ({', '.join(names[:3])}{', …' if len(names) > 3 else ''}), "
-            "which can run code when they are opened, so snugfit never opens them. Convert once, in a place you "
-            "trust: python -c \"from transformers import AutoModelForCausalLM as M; "
-            "M.from_pretrained('FOLDER', dtype='auto').save_pretrained('OUT')\" and copy the tokenizer files to OUT."
+            f"{source}: weights are only in pickle files "
+            f"({', '.join(names[:3])}{', …' if len(names) > 3 else ''}), which can run code when they are "
+            "opened, so snugfit never opens them. Convert once, in a place you "
+            'trust: python -c "from transformers import AutoModelForCausalLM as M; '
+            "M.from_pretrained('FOLDER', dtype='auto').save_pretrained('OUT')\" "
+            "and copy the tokenizer files to OUT."
         )
 
 
@@ -120,6 +131,14 @@ class MissingShard(BadCheckpoint):
         )
 
 
+class BadIndex(BadCheckpoint):
+    """The index and the shards do not belong together."""
+
+    def __init__(self, source: str, reason: str) -> None:
+        self.source = source
+        super().__init__(f"{source}: {reason}")
+
+
 class TruncatedShard(BadCheckpoint):
     """A file is shorter (or longer) than its own header says."""
 
@@ -128,7 +147,8 @@ class TruncatedShard(BadCheckpoint):
         self.actual_bytes = actual_bytes
         super().__init__(
             f"{file}: its header describes {expected_bytes:,} bytes and the file has {actual_bytes:,} "
-            f"({actual_bytes - expected_bytes:+,}). The download broke off or the file was changed: fetch it again."
+            f"({actual_bytes - expected_bytes:+,}). The download broke off or the file was changed: fetch it "
+            "again."
         )
 
 
@@ -170,9 +190,11 @@ class UnsupportedModel(BadCheckpoint):
 
 
 class TensorMismatch(BadCheckpoint):
-    """The checkpoint's tensors and the architecture's parameters differ; found when `load` builds the model."""
+    """The checkpoint's tensors and the architecture's parameters differ; `load` finds that."""
 
-    def __init__(self, source: str, missing: Sequence[str], unexpected: Sequence[str], wrong: Sequence[str]) -> None:
+    def __init__(
+        self, source: str, missing: Sequence[str], unexpected: Sequence[str], wrong: Sequence[str]
+    ) -> None:
         self.missing = tuple(missing)
         self.unexpected = tuple(unexpected)
         self.wrong = tuple(wrong)

@@ -53,7 +53,9 @@ class QueueFull(EngineError):
 
     def __init__(self, waiting: int, limit: int, retry_after_s: float) -> None:
         self.waiting, self.limit, self.retry_after_s = waiting, limit, retry_after_s
-        super().__init__(f"{waiting} requests are waiting and the limit is {limit}; retry in {retry_after_s:.0f} s")
+        super().__init__(
+            f"{waiting} requests are waiting and the limit is {limit}; retry in {retry_after_s:.0f} s"
+        )
 
 
 class RequestTooLong(EngineError):
@@ -70,6 +72,10 @@ class EngineDead(EngineError):
 
 class StepFailed(EngineError):
     """A step of this request raised; the request is lost, the engine goes on."""
+
+
+class DeviceLost(EngineError):
+    """What a runner raises when its device answers nothing any more: no later step can succeed."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,0 +1,220 @@
+"""What this machine has and what this process takes of it. The only file that asks. Imports no torch."""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path, PurePosixPath
+from typing import Any
+
+import psutil
+import pynvml
+
+PROC_CGROUP = Path("/proc/self/cgroup")
+CGROUP_ROOT = Path("/sys/fs/cgroup")
+PROC_STATUS = Path("/proc/self/status")
+PROC_CLEAR_REFS = Path("/proc/self/clear_refs")
+
+
+@dataclass(frozen=True, slots=True)
+class Gpu:
+    """One GPU that CUDA shows to this process, at one moment."""
+
+    device: str  # as CUDA counts: "cuda:0"
+    name: str
+    uuid: str  # as NVML writes it: "GPU-…"
+    total_bytes: int
+    free_bytes: int
+
+
+@dataclass(frozen=True, slots=True)
+class Machine:
+    """Memory of every device. A plain value, so that one can plan for a machine that is not this one."""
+
+    ram_total_bytes: int
+    ram_free_bytes: int  # what a program may take without swapping, within the container's limit
+    gpus: tuple[Gpu, ...] = ()  # in CUDA's order
+
+    def free_bytes(self, device: str) -> int | None:
+        """Free bytes of "cpu" or "cuda:N"; None for a device that is not there."""
+        if device == "cpu":
+            return self.ram_free_bytes
+        return next((gpu.free_bytes for gpu in self.gpus if gpu.device == device), None)
+
+
+def machine() -> Machine:
+    """This machine, now. Without NVIDIA's driver it has no GPUs."""
+    total, free = _ram()
+    return Machine(total, free, _gpus())
+
+
+# GPUs
+
+
+def _gpus() -> tuple[Gpu, ...]:
+    """The GPUs that CUDA_VISIBLE_DEVICES leaves, numbered as CUDA will number them.
+
+    NVML counts in PCI order. CUDA does so with CUDA_DEVICE_ORDER=PCI_BUS_ID; by default it puts the fastest
+    card first, which differs only where cards of different kinds are mixed.
+    """
+    try:
+        pynvml.nvmlInit()
+    except pynvml.NVMLError:
+        return ()
+    try:
+        visible = _visible(os.environ.get("CUDA_VISIBLE_DEVICES"))
+        return tuple(_gpu(f"cuda:{number}", handle) for number, handle in enumerate(visible))
+    except pynvml.NVMLError:
+        return ()
+    finally:
+        pynvml.nvmlShutdown()
+
+
+def _gpu(device: str, handle: Any) -> Gpu:
+    memory = pynvml.nvmlDeviceGetMemoryInfo(handle)
+    name, uuid = pynvml.nvmlDeviceGetName(handle), pynvml.nvmlDeviceGetUUID(handle)
+    return Gpu(device, name, uuid, int(memory.total), int(memory.free))
+
+
+def _visible(choice: str | None) -> list[Any]:
+    """NVML's handles for a CUDA_VISIBLE_DEVICES of indices or UUIDs, which may be cut short.
+
+    As in CUDA, the first entry that names no device ends the list, so "" and "-1" hide all.
+    """
+    every = [pynvml.nvmlDeviceGetHandleByIndex(i) for i in range(pynvml.nvmlDeviceGetCount())]
+    if choice is None:
+        return every
+    chosen: list[Any] = []
+    for entry in choice.split(","):
+        handle = _named(entry.strip(), every)
+        if handle is None:
+            break
+        chosen.append(handle)
+    return chosen
+
+
+def _named(entry: str, every: list[Any]) -> Any | None:
+    if entry.startswith("MIG-"):
+        return pynvml.nvmlDeviceGetHandleByUUID(entry)
+    if entry.isdecimal():
+        return every[int(entry)] if int(entry) < len(every) else None
+    matching = [h for h in every if entry and pynvml.nvmlDeviceGetUUID(h).startswith(entry)]
+    return matching[0] if len(matching) == 1 else None
+
+
+# RAM
+
+
+def _ram() -> tuple[int, int]:
+    """(total, free) bytes: the machine's, or less where a control group limits this process."""
+    memory = psutil.virtual_memory()
+    total, free = int(memory.total), int(memory.available)
+    for limit, used in _cgroup_limits(PROC_CGROUP, CGROUP_ROOT):
+        total, free = min(total, limit), min(free, max(limit - used, 0))
+    return total, free
+
+
+def _cgroup_limits(proc_cgroup: Path, root: Path) -> Iterator[tuple[int, int]]:
+    """(limit, bytes in use) of the groups that hold this process, the innermost first; none but on Linux.
+
+    `proc_cgroup` has a line "ID:CONTROLLERS:PATH" per hierarchy (man 7 cgroups): "0::/…" is version 2. In a
+    container the path may be the host's and missing under `root`, where the container's own group then is.
+    """
+    try:
+        lines = proc_cgroup.read_text(encoding="utf-8").splitlines()
+    except OSError:
+        return
+    for _, controllers, path in (line.split(":", 2) for line in lines if line.count(":") >= 2):
+        if not controllers:
+            hierarchies, read = (root, root / "unified"), _limit_v2
+        elif "memory" in controllers.split(","):
+            hierarchies, read = (root / "memory", root / controllers), _limit_v1
+        else:
+            continue
+        for folder in (group for top in dict.fromkeys(hierarchies) for group in _with_parents(top, path)):
+            if (found := read(folder)) is not None:
+                yield found
+
+
+def _with_parents(top: Path, path: str) -> Iterator[Path]:
+    """The group's folder and those around it up to `top`: every one of their limits counts."""
+    inside = PurePosixPath(*(part for part in path.split("/") if part not in ("", ".", "..")))
+    yield from (top / parent for parent in (inside, *inside.parents))
+
+
+def _limit_v2(folder: Path) -> tuple[int, int] | None:
+    limits = [_number(folder / name) for name in ("memory.max", "memory.high")]
+    return _group(folder, limits, "memory.current", "inactive_file")
+
+
+def _limit_v1(folder: Path) -> tuple[int, int] | None:
+    # "No limit" is a number near 2^63 here, which min() with the machine's RAM makes harmless.
+    return _group(
+        folder, [_number(folder / "memory.limit_in_bytes")], "memory.usage_in_bytes", "total_inactive_file"
+    )
+
+
+def _group(folder: Path, limits: list[int | None], usage: str, cache_key: str) -> tuple[int, int] | None:
+    """A group's (limit, use). Cached file pages that nobody reads are given up under pressure: not in use."""
+    known = [limit for limit in limits if limit is not None]
+    used = _number(folder / usage)
+    if not known or used is None:
+        return None
+    return min(known), max(used - _stat(folder / "memory.stat", cache_key), 0)
+
+
+def _number(file: Path) -> int | None:
+    """The number in a control file; None for "max" and for no file."""
+    try:
+        text = file.read_text(encoding="ascii").strip()
+    except OSError:
+        return None
+    return int(text) if text.isdecimal() else None
+
+
+def _stat(file: Path, key: str) -> int:
+    try:
+        lines = file.read_text(encoding="ascii").splitlines()
+    except OSError:
+        return 0
+    return next((int(line.split()[1]) for line in lines if line.startswith(f"{key} ")), 0)
+
+
+# This process
+
+
+def resident_bytes() -> int:
+    """What this process holds in RAM, pages of mapped files included (on Windows: its working set)."""
+    return int(psutil.Process().memory_info().rss)
+
+
+def reset_peak() -> bool:
+    """Start `peak_resident_bytes` again from now. False where the system cannot: anywhere but on Linux."""
+    try:
+        # man 5 proc: 5 resets "the peak resident set size to the process's current" one.
+        PROC_CLEAR_REFS.write_text("5", encoding="ascii")
+    except OSError:
+        return False
+    return True
+
+
+def peak_resident_bytes() -> int:
+    """The most that this process held in RAM since `reset_peak`, or since it started where that is False."""
+    if sys.platform == "win32":
+        return int(psutil.Process().memory_info().peak_wset)
+    try:
+        lines = PROC_STATUS.read_text(encoding="utf-8").splitlines()
+        return next(int(line.split()[1]) * 1024 for line in lines if line.startswith("VmHWM:"))
+    except (OSError, StopIteration):
+        return _peak_of_rusage()
+
+
+def _peak_of_rusage() -> int:
+    if sys.platform == "win32":
+        return resident_bytes()
+    import resource
+
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return int(peak if sys.platform == "darwin" else peak * 1024)

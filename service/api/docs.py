@@ -1,0 +1,25 @@
+"""What /openapi.json says about the endpoints that read their body themselves."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from service.api.schemas import ChatCompletion, ChatCompletionRequest, ErrorBody
+
+_REFUSALS = {
+    400: "The request is malformed, too long, or asks for what is not supported.",
+    401: "Missing or wrong API key.",
+    404: "No such model.",
+    413: "The body is too large.",
+    429: "The queue is full; see Retry-After.",
+    503: "Loading, draining, or the engine is dead; see Retry-After.",
+}
+ERRORS: dict[int | str, dict[str, Any]] = {
+    status: {"model": ErrorBody, "description": words} for status, words in _REFUSALS.items()
+}
+_BODY = {"application/json": {"schema": ChatCompletionRequest.model_json_schema()}}
+CHAT_DOCS: dict[str, Any] = {
+    "summary": "Create a chat completion, as one JSON object or, with stream, as server-sent events",
+    "responses": {200: {"model": ChatCompletion}, **ERRORS},
+    "openapi_extra": {"requestBody": {"required": True, "content": _BODY}},
+}

@@ -1,0 +1,86 @@
+"""What answers requests once the model is loaded, and the progress that is reported until then."""
+
+from __future__ import annotations
+
+import logging
+import threading
+from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass, field, replace
+from typing import Any, Protocol
+
+from service.engine.types import Engine
+from service.prompt.defaults import GenerationDefaults
+
+log = logging.getLogger(__name__)
+
+
+class Template(Protocol):
+    """From chat messages to token ids; `service.prompt.template.ChatTemplate` is the real one."""
+
+    def encode(self, messages: Sequence[Mapping[str, str]]) -> tuple[int, ...]:
+        """Called on a worker thread, since a long prompt takes a while. Raises TemplateRefused."""
+        ...
+
+
+@dataclass(frozen=True)
+class Backend:
+    """A loaded model with everything that the HTTP layer asks of it. `close()` gives all of it back."""
+
+    engine: Engine
+    template: Template
+    context: int  # tokens of one conversation, prompt and answer together
+    defaults: GenerationDefaults
+    created: int  # seconds since the epoch
+    dtype: str
+    measured_bytes: Mapping[str, int] = field(default_factory=dict)  # peak per device, of load and rehearsal
+    opened: ExitStack = field(default_factory=ExitStack)  # engine, model: what close() closes, in reverse
+
+    def close(self) -> None:
+        """Never raises: the process is about to end, and one that fails must not keep the others open."""
+        try:
+            self.opened.close()
+        except Exception:
+            log.exception("closing failed")
+
+
+class LoadCancelled(Exception):
+    """The service is to stop, so the loading thread unwinds."""
+
+
+@dataclass(frozen=True, slots=True)
+class LoadState:
+    """How far loading is. `total_bytes` is 0 while nothing is known."""
+
+    phase: str
+    done_bytes: int = 0
+    total_bytes: int = 0
+
+    def as_dict(self) -> dict[str, Any]:
+        return {"phase": self.phase, "done_bytes": self.done_bytes, "total_bytes": self.total_bytes}
+
+
+class Progress:
+    """Written by the loading thread, read by /ready. Every call is a point where loading can be cancelled."""
+
+    def __init__(self) -> None:
+        self.state = LoadState("starting")
+        self._cancelled = threading.Event()
+
+    def enter(self, phase: str) -> None:
+        """Begin a phase: words for a person. Raises LoadCancelled."""
+        self._check()
+        self.state = LoadState(phase)
+        log.info("%s", phase)
+
+    def __call__(self, done_bytes: int, total_bytes: int) -> None:
+        """The callback that `loader.load` takes. Raises LoadCancelled."""
+        self._check()
+        self.state = replace(self.state, done_bytes=done_bytes, total_bytes=total_bytes)
+
+    def cancel(self) -> None:
+        self._cancelled.set()
+
+    def _check(self) -> None:
+        if self._cancelled.is_set():
+            raise LoadCancelled

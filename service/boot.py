@@ -1,0 +1,106 @@
+"""Starts the real thing: tokenizer and template, weights, the worst-case forward, the engine. In that order,
+so that what is cheap to refuse is refused before gigabytes are read."""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Mapping
+from contextlib import ExitStack
+from typing import Any
+
+from loader.errors import BadCheckpoint, OverBudget
+from loader.plan import Plan
+from service.backend import Backend, Progress
+from service.prompt.defaults import GenerationDefaults
+from service.prompt.template import ChatTemplate
+from service.settings import Settings
+
+log = logging.getLogger(__name__)
+
+
+class NoTokenizer(BadCheckpoint):
+    """The checkpoint's tokenizer is missing or cannot be read."""
+
+    def __init__(self, source: str, reason: str) -> None:
+        super().__init__(
+            f"{source}: its tokenizer cannot be loaded: {reason} "
+            "Download tokenizer.json and tokenizer_config.json into the same folder."
+        )
+
+
+def start_backend(settings: Settings, plan: Plan, progress: Progress) -> Backend:
+    """Carry out the plan and start the engine. What was opened is closed again when it fails.
+
+    Raises LoaderError for what cannot be served, LoadCancelled when the service is to stop.
+    """
+    opened = ExitStack()
+    try:
+        return _open(settings, plan, progress, opened)
+    except BaseException:
+        opened.close()
+        raise
+
+
+def _open(settings: Settings, plan: Plan, progress: Progress, opened: ExitStack) -> Backend:
+    from loader.load import load
+
+    from service.engine.engine import StepEngine
+    from service.engine.runner import Runner
+
+    progress.enter("reading the tokenizer")
+    tokenizer = _tokenizer(plan, settings.revision)
+    template = ChatTemplate(tokenizer, plan.spec.source, settings.chat_template)
+    progress.enter("reading weights")
+    loaded = load(plan, progress)
+    opened.callback(loaded.close)
+    progress.enter("rehearsing the largest request")
+    runner = Runner(loaded)
+    runner.rehearse()
+    measured = loaded.measured_peak_bytes()
+    check_against_plan(plan, measured)
+    progress.enter("starting the engine")
+    engine = StepEngine(runner, tokenizer, max_queue=settings.max_queue)
+    opened.callback(engine.close)
+    return Backend(
+        engine=engine,
+        template=template,
+        context=plan.context,
+        defaults=GenerationDefaults.read(plan.spec.generation_config, _end_ids(tokenizer, template)),
+        created=int(time.time()),
+        dtype=plan.dtype,
+        measured_bytes=measured,
+        opened=opened,
+    )
+
+
+def check_against_plan(plan: Plan, measured: Mapping[str, int]) -> None:
+    """Log planned against measured for each device. Raises OverBudget when the plan was wrong."""
+    for device in plan.devices:
+        if device.device not in measured:
+            continue
+        peak = measured[device.device]
+        share = 100 * peak / device.peak_bytes if device.peak_bytes else 0
+        log.info(
+            "%s: planned peak %s bytes, measured %s (%.0f %%), budget %s",
+            device.device, f"{device.peak_bytes:,}", f"{peak:,}", share, f"{device.budget_bytes:,}",
+        )  # fmt: skip
+        if peak > device.budget_bytes:
+            hint = "Give a larger budget or a shorter --context, and report this: the plan should have known."
+            raise OverBudget(device.device, peak, device.budget_bytes, hint)
+
+
+def _tokenizer(plan: Plan, revision: str | None) -> Any:
+    from transformers import AutoTokenizer
+
+    place = str(plan.spec.path or plan.spec.source)
+    try:
+        return AutoTokenizer.from_pretrained(place, revision=revision, trust_remote_code=False)
+    except (OSError, ValueError, ImportError) as err:
+        raise NoTokenizer(plan.spec.source, str(err).strip().splitlines()[0]) from err
+
+
+def _end_ids(tokenizer: Any, template: ChatTemplate) -> set[int]:
+    """The tokenizer's end of text and what the template writes after an answer."""
+    own = {tokenizer.eos_token_id} if tokenizer.eos_token_id is not None else set()
+    return own | template.end_ids()

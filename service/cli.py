@@ -1,0 +1,108 @@
+"""The command `snugfit`: finds the subcommand, and turns what goes wrong into a sentence and an exit code.
+
+Nothing heavy is imported here: a command is a line in COMMANDS and a module that is imported when it is asked
+for. The exit codes of all commands are listed in docs/architecture.md.
+"""
+
+from __future__ import annotations
+
+import importlib
+import io
+import logging
+import os
+import sys
+import traceback
+from argparse import RawDescriptionHelpFormatter
+from collections.abc import Sequence
+from dataclasses import dataclass
+from importlib.metadata import PackageNotFoundError, version
+
+from loader.errors import LoaderError
+from service.usage import Parser, UsageError, nearest
+
+EXIT_BROKEN_PIPE = 1  # as rich has it
+EXIT_INTERRUPTED = 130  # what a shell reports for a command that Ctrl-C ended
+TRY_HELP = "Try 'snugfit --help'."
+
+
+@dataclass(frozen=True)
+class Command:
+    """One subcommand; `module` has `run(argv) -> exit code`."""
+
+    module: str
+    sentence: str
+
+
+COMMANDS = {
+    "plan": Command(
+        "service.plan_command", "what goes where, and how much context fits, before a weight is read"
+    ),
+    "serve": Command("service.serve_command", "load a model inside a memory budget and serve the OpenAI API"),
+    "chat": Command("service.chat_client", "talk to a running server in the terminal, or start one"),
+}
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one command and return the process's exit code."""
+    argv = sys.argv[1:] if argv is None else argv
+    _never_fail_on_a_character()
+    try:
+        code = _dispatch(argv)
+        sys.stdout.flush()  # here, where a broken pipe is caught, and not when the interpreter ends
+        return code
+    except (LoaderError, UsageError) as err:
+        return _refuse(err)
+    except KeyboardInterrupt:
+        return EXIT_INTERRUPTED
+    except BrokenPipeError:  # `snugfit plan … | head`
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return EXIT_BROKEN_PIPE
+
+
+def _dispatch(argv: Sequence[str]) -> int:
+    if argv and argv[0] in COMMANDS:
+        return _run(COMMANDS[argv[0]], argv[1:])
+    if argv and not argv[0].startswith("-"):
+        raise UsageError([f"{argv[0]}: no such command{nearest(argv[0], COMMANDS)} {TRY_HELP}"])
+    _top_parser().parse(argv or ["--help"])
+    raise UsageError([f"no command given. {TRY_HELP}"])
+
+
+def _run(command: Command, argv: Sequence[str]) -> int:
+    code: int = importlib.import_module(command.module).run(argv)
+    return code
+
+
+def _top_parser() -> Parser:
+    commands = "\n".join(f"  {name:<7} {command.sentence}" for name, command in COMMANDS.items())
+    parser = Parser(
+        prog="snugfit",
+        usage="snugfit COMMAND [options]",
+        description="Fits a language model into the memory you have and serves it over the OpenAI API.",
+        epilog=f"commands:\n{commands}\n\n'snugfit COMMAND --help' lists the options of a command.",
+        formatter_class=RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("--version", action="version", version=f"snugfit {_version()}")
+    return parser
+
+
+def _version() -> str:
+    try:
+        return version("snugfit")
+    except PackageNotFoundError:
+        return "(not installed: run from its source folder)"
+
+
+def _refuse(err: LoaderError | UsageError) -> int:
+    """Say what is wrong in plain words; the traceback only for someone who asked for it."""
+    for problem in err.problems if isinstance(err, UsageError) else [str(err)]:
+        print(f"snugfit: error: {problem}", file=sys.stderr)
+    if logging.getLogger("service").isEnabledFor(logging.DEBUG):
+        traceback.print_exception(err)
+    return err.exit_code
+
+
+def _never_fail_on_a_character() -> None:
+    """A terminal that cannot show a character (cp1252 on Windows) gets a ? and not a traceback."""
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="replace")

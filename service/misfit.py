@@ -1,0 +1,39 @@
+"""What is said when a model does not fit: what it needs, what there is, and a command that would work."""
+
+from __future__ import annotations
+
+import shlex
+import subprocess
+import sys
+from collections.abc import Sequence
+
+from loader.errors import BudgetExceeded
+
+MEMORY_FLAGS = ("--budget", "--max-memory", "--gpu")
+
+
+def retry_command(command: str, argv: Sequence[str], err: BudgetExceeded) -> str:
+    """`snugfit COMMAND` with the words of `argv`, but with the smallest budget that works."""
+    kept = _without_memory(argv)
+    if not any(word.split("=")[0] == "--device" for word in kept):
+        kept += ["--device", err.device]
+    words = ["snugfit", command, *kept, "--budget", size_text(err.smallest_bytes)]
+    return subprocess.list2cmdline(words) if sys.platform == "win32" else shlex.join(words)
+
+
+def _without_memory(argv: Sequence[str]) -> list[str]:
+    kept: list[str] = []
+    words = iter(argv)
+    for word in words:
+        if word in MEMORY_FLAGS:
+            next(words, None)
+        elif word.split("=")[0] not in MEMORY_FLAGS:
+            kept.append(word)
+    return kept
+
+
+def size_text(n_bytes: int) -> str:
+    """A size that `--budget` takes, never smaller than `n_bytes`: 7_883_112_448 -> "7.89GB"."""
+    unit, name = (10**9, "GB") if n_bytes >= 10**9 else (10**6, "MB")
+    step = max(1, 10 ** (len(str(n_bytes)) - 3))
+    return f"{-(-n_bytes // step) * step / unit:g}{name}"

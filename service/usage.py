@@ -1,0 +1,50 @@
+"""How a command line is refused: a line per mistake, the nearest right name, exit code 2."""
+
+from __future__ import annotations
+
+import argparse
+import difflib
+from collections.abc import Iterable, Sequence
+from typing import Any, NoReturn
+
+from loader.errors import EXIT_USAGE
+
+
+class UsageError(Exception):
+    """The command line or the configuration cannot be used. `problems` holds a sentence for each mistake."""
+
+    exit_code = EXIT_USAGE
+
+    def __init__(self, problems: Iterable[str]) -> None:
+        self.problems = tuple(problems)
+        super().__init__("; ".join(self.problems))
+
+
+def nearest(name: str, known: Iterable[str]) -> str:
+    """ "; did you mean NAME?" when some known name is near, else ""."""
+    found = difflib.get_close_matches(name, list(known), n=1, cutoff=0.6)
+    return f"; did you mean {found[0]}?" if found else ""
+
+
+class Parser(argparse.ArgumentParser):
+    """argparse that raises UsageError, names the nearest flag and never guesses from an abbreviation."""
+
+    def __init__(self, **options: Any) -> None:
+        super().__init__(**{"allow_abbrev": False, "formatter_class": _Help, **options})
+
+    def parse(self, argv: Sequence[str]) -> argparse.Namespace:
+        known, rest = self.parse_known_args(argv)
+        if rest:
+            flags = [flag for action in self._actions for flag in action.option_strings]
+            raise UsageError(f"{word}: not understood{nearest(word.split('=')[0], flags)}" for word in rest)
+        return known
+
+    def error(self, message: str) -> NoReturn:
+        raise UsageError([message])
+
+
+class _Help(argparse.HelpFormatter):
+    """A first column wide enough for most flags, so that a description starts beside its flag."""
+
+    def __init__(self, prog: str) -> None:
+        super().__init__(prog, max_help_position=30)

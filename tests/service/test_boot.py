@@ -1,0 +1,20 @@
+import pytest
+
+from loader.errors import OverBudget
+from service.boot import check_against_plan
+
+
+def test_planned_and_measured_are_logged_side_by_side(plan, service_log):
+    check_against_plan(plan, {"cpu": 684})
+    assert "cpu: planned peak 760 bytes, measured 684 (90 %), budget 1,000" in service_log.text
+
+
+def test_nothing_is_served_when_the_measured_peak_is_over_the_budget(plan):
+    with pytest.raises(OverBudget, match="measured 1,001 bytes against a budget of 1,000") as refused:
+        check_against_plan(plan, {"cpu": 1001})
+    assert refused.value.exit_code == 43
+
+
+def test_a_device_that_was_not_measured_is_not_compared(plan, service_log):
+    check_against_plan(plan, {"disk": 5})
+    assert "planned peak" not in service_log.text
