@@ -104,7 +104,11 @@ def write_shard(path: Path, content: list[tuple[str, tuple[int, ...]]], seed: in
     header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
     offset = 0
     for name, dims in content:
-        header[name] = {"dtype": "BF16", "shape": list(dims), "data_offsets": [offset, offset + n_bytes(dims)]}
+        header[name] = {
+            "dtype": "BF16",
+            "shape": list(dims),
+            "data_offsets": [offset, offset + n_bytes(dims)],
+        }
         offset += n_bytes(dims)
     text = json.dumps(header).encode()
     text += b" " * (-len(text) % 8)
@@ -147,7 +151,11 @@ def write_tokenizer(folder: Path, vocab_size: int) -> None:
         "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
     )
     (folder / "chat_template.jinja").write_text(template)
-    settings = {"tokenizer_class": "PreTrainedTokenizerFast", "eos_token": "<|im_end|>", "pad_token": "<|endoftext|>"}
+    settings = {
+        "tokenizer_class": "PreTrainedTokenizerFast",
+        "eos_token": "<|im_end|>",
+        "pad_token": "<|endoftext|>",
+    }
     (folder / "tokenizer_config.json").write_text(json.dumps(settings, indent=1))
     end = [vocab_size - 1, vocab_size - 3]  # <|im_end|>, <|endoftext|>
     (folder / "generation_config.json").write_text(json.dumps({"eos_token_id": end, "do_sample": False}))
@@ -173,7 +181,9 @@ def make(name: str, folder: Path, seed: int = 0, headers_only: bool = False) -> 
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("shape", choices=SHAPES)
     parser.add_argument("out", type=Path)
     parser.add_argument("--seed", type=int, default=0)

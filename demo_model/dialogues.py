@@ -19,13 +19,13 @@ from demo_model.grammar import Value, phrase
 Message = dict[str, str]
 LANGUAGES = ("en", "zh")
 SHARES = {
-    "ood": 26, "sum": 20, "tell": 12, "recall": 12, "greet": 6, "how": 3, "who": 6, "can": 3, "langs": 2, "size": 2,
-    "private": 3, "gpu": 2, "licence": 2, "snugfit": 6, "budget": 8, "plan": 6, "serve": 6, "connect": 6,
-    "export": 6, "train": 6, "oor": 4, "thanks": 5, "bye": 5, "ack": 2, "echo": 4,
+    "ood": 26, "sum": 20, "tell": 12, "recall": 12, "greet": 6, "how": 3, "who": 6, "can": 3, "langs": 2,
+    "size": 2, "private": 3, "gpu": 2, "licence": 2, "snugfit": 6, "budget": 8, "plan": 6, "serve": 6,
+    "connect": 6, "export": 6, "train": 6, "oor": 4, "thanks": 5, "bye": 5, "ack": 2, "echo": 4,
 }  # fmt: skip
 BUDGETS = (2, 4, 6, 8, 8, 10, 11, 12, 12, 14, 15, 16, 18, 20, 22, 24, 24, 32, 36, 40, 48, 64, 80, 96)
 DEFAULT_BUDGET = "16"
-_VERBATIM = frozenset({"echo", "sum", "oor"})  # a typo would change what is asked
+_VERBATIM = frozenset({"echo", "sum", "oor", "tell"})  # a slip would change what is asked
 
 
 def _wording(lang: str) -> dict[str, Any]:
@@ -42,7 +42,7 @@ def normalised(text: str) -> str:
 
 
 def dialogues(seed: int, count: int) -> Iterator[list[Message]]:
-    """`count` conversations of one to seven turns, each a list of OpenAI messages that ends with an answer."""
+    """`count` conversations of one to six turns, each a list of OpenAI messages that ends with an answer."""
     rng = random.Random(seed)
     for _ in range(count):
         yield _Conversation(rng).talk()
@@ -94,9 +94,7 @@ class _Conversation:
         wording = WORDING[self._lang]
         facts: dict[str, Value] = {**values, **self._facts(intent)}
         pattern = self._rng.choice(wording["ask"][intent])
-        asked = phrase(self._rng, pattern, facts)
-        if intent not in _VERBATIM or self._rng.random() < 0.3:
-            asked = self._roughly(asked, intent)
+        asked = self._roughly(phrase(self._rng, pattern, facts), slips=intent not in _VERBATIM)
         key = "unknown" if intent == "recall" and self._name is None else intent
         if intent == "tell":
             self._name = facts["name"] = self._told(asked, str(facts["name"]))
@@ -168,7 +166,7 @@ class _Conversation:
             return "".join(names.hanzi(rng) for _ in range(rng.randint(1, 6)))
         return " ".join(names.nonce(rng) for _ in range(rng.randint(1, 4)))
 
-    def _roughly(self, text: str, intent: str) -> str:
+    def _roughly(self, text: str, slips: bool) -> str:
         """As people type: no capitals, no full stops, a slip of a finger, a word left out."""
         rng = self._rng
         text = text[:1].upper() + text[1:] if self._style > 0.6 else text
@@ -176,7 +174,7 @@ class _Conversation:
             text = text.lower()
         if self._style < 0.2:
             text = text.rstrip("?.!？。！").replace("'", "")
-        if intent != "tell" and rng.random() < 0.2:
+        if slips and rng.random() < 0.2:
             text = _slip(rng, text)
         return text
 

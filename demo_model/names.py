@@ -1,4 +1,4 @@
-"""Names and words that mean nothing: what must be copied cannot be learnt by heart, so nearly none comes twice."""
+"""Names and words that mean nothing: what must be copied cannot be learnt by heart, so few come twice."""
 
 from __future__ import annotations
 
@@ -9,12 +9,15 @@ _ONSETS = (
     " mb nd ng sz cz bl fl gl sw sk"
 ).split() + [""] * 6
 _VOWELS = "a a a e e e i i i o o o u u y ai au ea ee ei ia ie io oa oo ou ae ue ay oe".split()
-_CODAS = "b ck d f g k l ll m n nn nd ng nt p r rd rn rt s sh ss st t th tz v x z rk ld lt cz".split() + [""] * 14
+_CODAS = (
+    "b ck d f g k l ll m n nn nd ng nt p r rd rn rt s sh ss st t th tz v x z rk ld lt cz".split() + [""] * 14
+)
 _COMMON = (
-    "Anna Ben Clara David Emma Frank Grace Henry Ida Jack Kate Leo Maria Nina Oscar Paul Rosa Sam Tina Victor Will"
-    " Alice Bob Carol Dan Eve Fred Gina Hans Ivan Julia Karl Lena Max Nora Olga Peter Ruth Simon Tom Ursula Mark"
-    " Lucy John Mary James Linda Sarah Michael Laura Kevin Amy Daniel Susan Robert Jane Ali Omar Fatima Yuki Ken"
-    " Hiro Chen Wei Lin Raj Anil Sofia Luis Pedro Carlos Ines Marta Elena Dmitri Igor Svetlana"
+    "Anna Ben Clara David Emma Frank Grace Henry Ida Jack Kate Leo Maria Nina Oscar Paul Rosa Sam Tina"
+    " Victor Will Alice Bob Carol Dan Eve Fred Gina Hans Ivan Julia Karl Lena Max Nora Olga Peter Ruth"
+    " Simon Tom Ursula Mark Lucy John Mary James Linda Sarah Michael Laura Kevin Amy Daniel Susan Robert"
+    " Jane Ali Omar Fatima Yuki Ken Hiro Chen Wei Lin Raj Anil Sofia Luis Pedro Carlos Ines Marta Elena"
+    " Dmitri Igor Svetlana"
 ).split()
 _SURNAMES = (
     "王李张刘陈杨黄赵周吴徐孙胡朱高林何郭马罗梁宋郑谢韩唐冯于董萧程曹袁邓许傅沈曾彭吕苏卢蒋蔡贾丁魏薛叶阎余潘杜戴夏钟汪田任姜范方石"

@@ -10,7 +10,10 @@ _WORDS = (
     " seventeen eighteen nineteen twenty"
 ).split()
 _HANZI = "零 一 二 三 四 五 六 七 八 九 十 十一 十二 十三 十四 十五 十六 十七 十八 十九 二十".split()
-_PLUS = {"en": ["+", " + ", " plus ", " plus ", " and ", " added to "], "zh": ["+", " + ", "加", "加上", " 加 ", "＋"]}
+_PLUS = {
+    "en": ["+", " + ", " plus ", " plus ", " and ", " added to "],
+    "zh": ["+", " + ", "加", "加上", " 加 ", "＋"],
+}
 _OTHER = {"en": ["-", " - ", " * ", "x", " times ", " minus ", " / ", " divided by "],
           "zh": ["-", " - ", "×", "乘", "减", "乘以", "除以", "减去"]}  # fmt: skip
 

@@ -1,4 +1,4 @@
-"""The demo model's own byte-level BPE: every text can be written, digits and Chinese characters stand alone."""
+"""The demo model's own byte-level BPE: writes every text; digits and Chinese characters stand alone."""
 
 from __future__ import annotations
 
@@ -12,8 +12,8 @@ END_OF_TEXT, START, END = "<|endoftext|>", "<|im_start|>", "<|im_end|>"
 SPECIAL = (END_OF_TEXT, START, END)
 CONTEXT = 2048
 
-# A capitalised word never takes its space along: a name is the same tokens at the start of a message and inside
-# an answer, so that it can be copied. One Chinese character is one piece for the same reason.
+# A capitalised word never takes its space along: a name is the same tokens at the start of a message and
+# inside an answer, so that it can be copied. One Chinese character is one piece for the same reason.
 _PIECES = r"\p{Han}| ?\p{Ll}+|\p{Lu}\p{Ll}*|\p{L}|\p{N}| ?[^\s\p{L}\p{N}]+|\s+"
 
 CHAT_TEMPLATE = """\

@@ -12,7 +12,7 @@ ALIGN_BYTES = 256
 
 
 class Arena:
-    """Hands out views of one buffer, so that loading cannot fragment memory and the total is known before it starts."""
+    """Hands out views of one buffer: loading cannot fragment memory, and its total is known before."""
 
     def __init__(self, capacity_bytes: int, device: torch.device) -> None:
         import torch
@@ -26,7 +26,9 @@ class Arena:
         n_bytes = shape.numel() * dtype.itemsize
         start = aligned(self.used_bytes)
         if start + n_bytes > self.capacity_bytes:
-            raise MemoryError(f"arena of {self.capacity_bytes:,} bytes: {n_bytes:,} more do not fit at {start:,}")
+            raise MemoryError(
+                f"arena of {self.capacity_bytes:,} bytes: {n_bytes:,} more do not fit at {start:,}"
+            )
         self.used_bytes = start + n_bytes
         return self._buffer[start : start + n_bytes].view(dtype).view(shape)
 

@@ -64,7 +64,7 @@ def _gpus() -> tuple[Gpu, ...]:
     except pynvml.NVMLError:
         return ()
     try:
-        visible = _visible(os.environ.get("CUDA_VISIBLE_DEVICES"))
+        visible = visible_handles(os.environ.get("CUDA_VISIBLE_DEVICES"))
         return tuple(_gpu(f"cuda:{number}", handle) for number, handle in enumerate(visible))
     except pynvml.NVMLError:
         return ()
@@ -78,10 +78,11 @@ def _gpu(device: str, handle: Any) -> Gpu:
     return Gpu(device, name, uuid, int(memory.total), int(memory.free))
 
 
-def _visible(choice: str | None) -> list[Any]:
-    """NVML's handles for a CUDA_VISIBLE_DEVICES of indices or UUIDs, which may be cut short.
+def visible_handles(choice: str | None) -> list[Any]:
+    """NVML's handles for a CUDA_VISIBLE_DEVICES of indices or UUIDs, which may be cut short. None: all.
 
-    As in CUDA, the first entry that names no device ends the list, so "" and "-1" hide all.
+    As in CUDA, the first entry that names no device ends the list, so "" and "-1" hide all. NVML must be
+    initialized; raises NVMLError.
     """
     every = [pynvml.nvmlDeviceGetHandleByIndex(i) for i in range(pynvml.nvmlDeviceGetCount())]
     if choice is None:

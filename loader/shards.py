@@ -1,14 +1,15 @@
 """Reads tensors out of safetensors files straight into memory that is already there.
 
-Nothing is mapped: mapped pages count as resident memory, leave it when the kernel wishes, and come back as page
-faults in the middle of a forward. Format: https://huggingface.co/docs/safetensors (8-byte length, JSON header, data).
+Nothing is mapped: mapped pages count as resident memory, leave it when the kernel wishes, and come back as
+page faults in the middle of a forward. Format: https://huggingface.co/docs/safetensors (8-byte length, JSON
+header, data).
 """
 
 from __future__ import annotations
 
 import io
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from loader.checkpoint import TensorInfo
 from loader.errors import TruncatedShard
@@ -89,4 +90,5 @@ class ShardReader:
 def _bytes_of(tensor: torch.Tensor) -> memoryview:
     import torch
 
-    return memoryview(tensor.view(-1).view(torch.uint8).numpy())
+    flat: Any = tensor.view(-1).view(torch.uint8).numpy()
+    return memoryview(flat)

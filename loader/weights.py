@@ -1,8 +1,9 @@
-"""Where each parameter of the built model comes from: which tensors of the checkpoint, and how they are joined.
+"""Where each parameter of the built model comes from: which checkpoint tensors, and how they are joined.
 
-transformers 5 names some parameters otherwise than checkpoints do, and fuses the experts of a layer into one tensor.
-Its own conversion table (`transformers.conversion_mapping`) decides names here too; the usual fusions are read in
-place, slice by slice, so that loading never holds a second copy. Whatever is rarer goes through its converters.
+transformers 5 names some parameters otherwise than checkpoints do, and fuses the experts of a layer into one
+tensor. Its own conversion table (`transformers.conversion_mapping`) decides names here too; the usual fusions
+are read in place, slice by slice, so that loading never holds a second copy. Whatever is rarer goes through
+its converters.
 """
 
 from __future__ import annotations
@@ -25,7 +26,10 @@ if TYPE_CHECKING:
 
 @dataclass
 class Source:
-    """The checkpoint tensors behind one parameter. `parts` maps a converter's source pattern to its tensors in order."""
+    """The checkpoint tensors behind one parameter.
+
+    `parts` maps a converter's source pattern to its tensors in order.
+    """
 
     parts: dict[str, list[TensorInfo]] = field(default_factory=dict)
     converter: Any = None  # transformers' WeightConverter; None: the tensor as it is
@@ -38,8 +42,8 @@ class Source:
 class CheckpointWeights(Mapping[str, "torch.Tensor"]):
     """The checkpoint seen as the built model's parameters, read on demand.
 
-    As a Mapping it is what accelerate's hooks ask for offloaded weights: `weights[name]` reads the parameter from
-    its shard into new memory, which is given back when the module that asked for it has run.
+    As a Mapping it is what accelerate's hooks ask for offloaded weights: `weights[name]` reads the parameter
+    from its shard into new memory, which is given back when the module that asked for it has run.
     """
 
     def __init__(self, spec: ModelSpec, folder: Path, model: Any, dtypes: Mapping[str, torch.dtype]) -> None:
@@ -55,6 +59,9 @@ class CheckpointWeights(Mapping[str, "torch.Tensor"]):
         out = torch.empty(self._shapes[name], dtype=self._dtypes[name])
         self.fill(name, out)
         return out
+
+    def __contains__(self, name: object) -> bool:
+        return name in self._sources  # Mapping's own would read the tensor
 
     def __iter__(self) -> Iterator[str]:
         return iter(self._sources)
@@ -94,11 +101,13 @@ class CheckpointWeights(Mapping[str, "torch.Tensor"]):
         return out
 
     def close(self) -> None:
+        """Close the shards and let go of the model."""
         self._reader.close()
+        self._model = None
 
 
 def find_sources(spec: ModelSpec, model: Any, shapes: Mapping[str, torch.Size]) -> dict[str, Source]:
-    """Match every checkpoint tensor to a parameter; TensorMismatch names what is missing, left over or misshapen."""
+    """Match every checkpoint tensor to a parameter; TensorMismatch names what is amiss."""
     rename, converters = _renamer(model, shapes)
     sources: dict[str, Source] = {}
     unexpected = []
@@ -187,8 +196,8 @@ def _without_tied_copies(sources: dict[str, Source], model: Any) -> dict[str, So
 def stacked_places(source: Source, out: torch.Tensor) -> list[tuple[torch.Tensor, TensorInfo]]:
     """Slices of `out` for the fusions of MoE layers; [] for a conversion that is not one of them.
 
-    `MergeModulelist(dim=0)` stacks experts: out[e] = part[e]; followed by `Concatenate(dim=1)`, the rows of gate and
-    up come one after the other: out[e] = [gate[e]; up[e]].
+    `MergeModulelist(dim=0)` stacks experts: out[e] = part[e]; followed by `Concatenate(dim=1)`, the rows of
+    gate and up come one after the other: out[e] = [gate[e]; up[e]].
     """
     operations = [(type(op).__name__, getattr(op, "dim", None)) for op in source.converter.operations]
     if operations not in ([("MergeModulelist", 0)], [("MergeModulelist", 0), ("Concatenate", 1)]):

@@ -12,6 +12,7 @@ from typing import Any
 from loader.errors import BadCheckpoint, OverBudget
 from loader.plan import Plan
 from service.backend import Backend, Progress
+from service.load_bar import shown
 from service.prompt.defaults import GenerationDefaults
 from service.prompt.template import ChatTemplate
 from service.settings import Settings
@@ -44,7 +45,6 @@ def start_backend(settings: Settings, plan: Plan, progress: Progress) -> Backend
 
 def _open(settings: Settings, plan: Plan, progress: Progress, opened: ExitStack) -> Backend:
     from loader.load import load
-
     from service.engine.engine import StepEngine
     from service.engine.runner import Runner
 
@@ -52,10 +52,11 @@ def _open(settings: Settings, plan: Plan, progress: Progress, opened: ExitStack)
     tokenizer = _tokenizer(plan, settings.revision)
     template = ChatTemplate(tokenizer, plan.spec.source, settings.chat_template)
     progress.enter("reading weights")
-    loaded = load(plan, progress)
+    with shown(progress) as report:
+        loaded = load(plan, report)
     opened.callback(loaded.close)
     progress.enter("rehearsing the largest request")
-    runner = Runner(loaded)
+    runner = Runner(loaded.model, loaded.device, plan.context, plan.concurrency, plan.chunk_tokens)
     runner.rehearse()
     measured = loaded.measured_peak_bytes()
     check_against_plan(plan, measured)

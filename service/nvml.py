@@ -14,6 +14,8 @@ from typing import Any
 
 import pynvml
 
+from loader.probe import visible_handles
+
 log = logging.getLogger(__name__)
 
 
@@ -101,8 +103,7 @@ def _visible_handles() -> list[Any]:
         torch = sys.modules["torch"]
         properties = map(torch.cuda.get_device_properties, range(torch.cuda.device_count()))
         return [_by_uuid(str(device.uuid)) for device in properties]
-    every = list(map(pynvml.nvmlDeviceGetHandleByIndex, range(pynvml.nvmlDeviceGetCount())))
-    return _chosen(every, os.environ.get("CUDA_VISIBLE_DEVICES"))
+    return visible_handles(os.environ.get("CUDA_VISIBLE_DEVICES"))
 
 
 def _cuda_runs() -> bool:
@@ -114,25 +115,3 @@ def _cuda_runs() -> bool:
 def _by_uuid(uuid: str) -> Any:
     """torch leaves the prefix away."""
     return pynvml.nvmlDeviceGetHandleByUUID(uuid if uuid.startswith(("GPU-", "MIG-")) else f"GPU-{uuid}")
-
-
-def _chosen(every: list[Any], visible: str | None) -> list[Any]:
-    """What CUDA_VISIBLE_DEVICES leaves: indices or UUIDs, perhaps cut short; an invalid one ends it."""
-    if visible is None:
-        return every
-    chosen: list[Any] = []
-    for word in map(str.strip, visible.split(",")):
-        handle = _find(every, word)
-        if handle is None:
-            break
-        chosen.append(handle)
-    return chosen
-
-
-def _find(every: list[Any], word: str) -> Any | None:
-    if word.isdecimal():
-        return every[int(word)] if int(word) < len(every) else None
-    if word.startswith("MIG-"):
-        return _by_uuid(word)
-    matching = [handle for handle in every if word and pynvml.nvmlDeviceGetUUID(handle).startswith(word)]
-    return matching[0] if len(matching) == 1 else None

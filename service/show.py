@@ -218,7 +218,7 @@ def _columns(left: int, right: int) -> Table:
 
 
 def picture(plan: Plan, command: str) -> str:
-    """The plan as an SVG, under the command that printed it. Fonts are the viewer's own: nothing is fetched."""
+    """The plan as an SVG, under the command that printed it. No font is fetched."""
     console = Console(record=True, width=PICTURE_WIDTH, file=io.StringIO(), color_system="truecolor")
     console.print(render(plan, PICTURE_WIDTH, blocks=True))
     svg = console.export_svg(title=command, unique_id="plan")

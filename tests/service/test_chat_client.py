@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 
+from service.chat_server import progress
 from service.openai_client import ChatApi, ServerError, is_loopback, sse_data
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -191,8 +192,7 @@ def test_ctrl_c_on_a_terminal_stops_the_answer_but_not_the_chat(server):
     read_until(terminal, b"stopped")
     assert server.closed.wait(DEADLINE_S), "the request was not closed"
     os.write(terminal, b"hello\n")
-    read_until(terminal, b"you said hello")
-    read_until(terminal, b"5 tokens", b"\n> ")
+    read_until(terminal, b"you said hello", b"5 tokens", b"\n> ")
     assert server.bodies[1]["messages"][1]["content"].startswith("on on"), "what was said is remembered"
     os.write(terminal, b"\x04")
     assert leaves(pid) == 0
@@ -217,6 +217,15 @@ def leaves(pid):
     code = os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
     deadline.cancel()
     return code
+
+
+def test_the_wait_for_a_server_of_ones_own_says_how_far_loading_is():
+    state = {"phase": "reading weights", "done_bytes": 3_200_000_000, "total_bytes": 15_230_000_000}
+    assert progress({"status": "loading", "progress": state}) == "reading weights, 3.20 GB of 15.23 GB"
+    assert progress({"progress": {"phase": "reading the tokenizer", "done_bytes": 0, "total_bytes": 0}}) == (
+        "reading the tokenizer"
+    )
+    assert progress({}) == "starting"
 
 
 def test_events_are_found_in_chunks_of_any_size():
