@@ -2,7 +2,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: serve test check format
+.PHONY: serve test check format demo-model bench
 
 serve: .venv/installed
 	$(BIN)/snugfit serve $(MODEL)
@@ -16,10 +16,20 @@ check: .venv/installed-dev
 	$(BIN)/mypy
 	$(BIN)/lint-imports
 	$(BIN)/python -m service.config_doc --check
+	$(BIN)/python -m docs.picture --check
 
 format: .venv/installed-dev
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
+
+# Replaces service/demo when the evaluation passes; about 35 minutes on 2 cores.
+demo-model: .venv/installed-dev
+	$(BIN)/python -m demo_model.train
+
+bench: .venv/installed-dev
+	$(BIN)/python -m benchmarks.make_model 0.5b build/models/0.5b
+	$(BIN)/python -m benchmarks.plan_vs_measured build/models/0.5b
+	$(BIN)/python -m benchmarks.serve build/models/0.5b
 
 # torch is pinned first and alone, so that nothing else can pull another build of it.
 .venv/installed: pyproject.toml constraints.txt

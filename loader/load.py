@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from loader import hub
 from loader.arena import ALIGN_BYTES, Arena
+from loader.device_map import accelerate_device
 from loader.errors import DeviceUnavailable, UnsupportedModel
 from loader.families import family_of
 from loader.meter import Meter
@@ -30,6 +31,11 @@ class LoadedModel:
         self.device = _device(plan.main_device)
         self._weights = weights
         self._meter = meter
+
+    @property
+    def baseline_bytes(self) -> int:
+        """Resident memory of the process before anything was loaded."""
+        return self._meter.baseline_bytes
 
     def measured_peak_bytes(self) -> dict[str, int]:
         """The most that each computing device has held for this model so far, in bytes."""
@@ -193,7 +199,7 @@ def _dispatch(model: Any, plan: Plan, offloaded: _Offloaded) -> None:
     dispatch_model(
         model,
         plan.device_map,
-        main_device=_device(plan.main_device),
+        main_device=accelerate_device(plan.main_device),  # it compares with "cpu", which no torch.device equals
         state_dict=offloaded,
         offload_index={},
     )

@@ -23,6 +23,19 @@ class Template(Protocol):
         ...
 
 
+class ModelMemory(Protocol):
+    """What the model holds; `loader.load.LoadedModel` is the real one."""
+
+    @property
+    def baseline_bytes(self) -> int:
+        """Resident memory of the process before anything was loaded."""
+        ...
+
+    def measured_peak_bytes(self) -> Mapping[str, int]:
+        """The most that each computing device has held for the model so far. Asked at every scrape."""
+        ...
+
+
 @dataclass(frozen=True)
 class Backend:
     """A loaded model with everything that the HTTP layer asks of it. `close()` gives all of it back."""
@@ -33,7 +46,7 @@ class Backend:
     defaults: GenerationDefaults
     created: int  # seconds since the epoch
     dtype: str
-    measured_bytes: Mapping[str, int] = field(default_factory=dict)  # peak per device, of load and rehearsal
+    memory: ModelMemory | None = None  # None: nothing is measured
     opened: ExitStack = field(default_factory=ExitStack)  # engine, model: what close() closes, in reverse
 
     def close(self) -> None:

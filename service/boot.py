@@ -58,8 +58,7 @@ def _open(settings: Settings, plan: Plan, progress: Progress, opened: ExitStack)
     progress.enter("rehearsing the largest request")
     runner = Runner(loaded.model, loaded.device, plan.context, plan.concurrency, plan.chunk_tokens)
     runner.rehearse()
-    measured = loaded.measured_peak_bytes()
-    check_against_plan(plan, measured)
+    check_against_plan(plan, loaded.measured_peak_bytes())
     progress.enter("starting the engine")
     engine = StepEngine(runner, tokenizer, max_queue=settings.max_queue)
     opened.callback(engine.close)
@@ -70,7 +69,7 @@ def _open(settings: Settings, plan: Plan, progress: Progress, opened: ExitStack)
         defaults=GenerationDefaults.read(plan.spec.generation_config, _end_ids(tokenizer, template)),
         created=int(time.time()),
         dtype=plan.dtype,
-        measured_bytes=measured,
+        memory=loaded,
         opened=opened,
     )
 

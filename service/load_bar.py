@@ -33,10 +33,11 @@ def shown(report: Report, console: Console | None = None) -> Iterator[Report]:
     `console` is stderr unless given.
     """
     console = console or Console(stderr=True)
-    started, read_bytes = time.monotonic(), 0
+    started, read_bytes = 0.0, 0
 
     def count(done_bytes: int, total_bytes: int) -> None:
-        nonlocal read_bytes
+        nonlocal started, read_bytes
+        started = started or time.monotonic()  # not before: the model's class is imported first
         read_bytes = done_bytes
         report(done_bytes, total_bytes)
 

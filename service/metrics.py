@@ -20,6 +20,7 @@ from prometheus_client.exposition import choose_encoder
 from prometheus_client.registry import Collector
 from prometheus_client.utils import floatToGoString
 
+from service.backend import ModelMemory
 from service.engine.types import EngineStats, Histogram
 from service.lifecycle import Service
 from service.nvml import DeviceMemory, Nvml
@@ -86,11 +87,8 @@ class _ServiceCollector(Collector):
         )
         if loaded:
             yield from _engine(loaded.engine.stats(), self._service.name)
-            yield _by_device(
-                "snugfit_measured_peak_bytes",
-                "Peak of loading and of the worst-case forward.",
-                loaded.measured_bytes,
-            )
+        if loaded and loaded.memory:
+            yield from _measured(loaded.memory)
 
     def _about(self) -> Iterator[Metric]:
         plan, name = self._service.plan, self._service.name
@@ -115,6 +113,19 @@ class _ServiceCollector(Collector):
         yield _by_device("snugfit_memory_budget_bytes", "What snugfit may use of RAM or disk.", host)
         peaks = {device.device: device.peak_bytes for device in devices}
         yield _by_device("snugfit_planned_bytes", "Peak that the plan predicts.", peaks)
+
+
+def _measured(memory: ModelMemory) -> Iterator[Metric]:
+    yield _by_device(
+        "snugfit_measured_peak_bytes",
+        "The most that the model has taken so far, loading and the worst-case forward included.",
+        memory.measured_peak_bytes(),
+    )
+    yield _gauge(
+        "snugfit_process_startup_bytes",
+        "Resident memory before the model was loaded; what is above it counts against the CPU's budget.",
+        memory.baseline_bytes,
+    )
 
 
 def _engine(stats: EngineStats, model: str) -> Iterator[Metric]:

@@ -153,6 +153,10 @@ def _facts(plan: Plan) -> Table:
 
 def facts(plan: Plan) -> Iterator[tuple[str, str]]:
     """Everything that is not a bar, as (what, sentence); what is "" where a sentence goes on."""
+    if plan.budget.origin:
+        yield "budget", plan.budget.origin
+    if "cpu" in plan.budget.compute:
+        yield "beside it", f"{size(plan.startup_bytes)}: Python, torch and the model's class before loading"
     yield "context", f"{plan.context:,} tokens x {plan.concurrency} at the same time"
     yield "KV cache", f"{plan.kv_tokens:,} tokens, {plan.kv_bytes_per_token:,} bytes each"
     yield "prefill", f"in chunks of {plan.chunk_tokens:,} tokens"

@@ -76,13 +76,17 @@ class _Writer:
     async def write(self, data: bytes) -> None:
         async with self._lock:
             self._last = time.monotonic()
-            if not self.started:
-                self.started = True
-                await self._send({"type": "http.response.start", "status": 200, "headers": self._headers})
+            await self._start()
             await self._send({"type": "http.response.body", "body": data, "more_body": True})
 
     async def end(self) -> None:
+        await self._start()  # a stream without a frame is an empty one
         await self._send({"type": "http.response.body", "body": b"", "more_body": False})
+
+    async def _start(self) -> None:
+        if not self.started:
+            self.started = True
+            await self._send({"type": "http.response.start", "status": 200, "headers": self._headers})
 
     async def keep_alive(self, after_s: float) -> None:
         """Send a comment whenever nothing was sent for `after_s` seconds. Runs until it is cancelled."""

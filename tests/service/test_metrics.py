@@ -50,6 +50,7 @@ def test_memory_is_shown_as_planned_measured_and_against_the_budget(live):
     assert found["snugfit_memory_budget_bytes", cpu] == 1000
     assert found["snugfit_planned_bytes", cpu] == 760
     assert found["snugfit_measured_peak_bytes", cpu] == 700
+    assert found["snugfit_process_startup_bytes", ()] == 300
     resident = psutil.Process().memory_info().rss
     assert found["snugfit_process_resident_bytes", ()] == pytest.approx(resident, rel=0.2)
 

@@ -17,7 +17,7 @@ GPU = DevicePlan(
 RAM = DevicePlan("cpu", 30 * 10**9, 2_631_233_024, 0, 0, 0, 0, 0)
 PLAN = Plan(
     spec=ModelSpec("Qwen/Qwen2.5-7B-Instruct", None, {}, ()),
-    budget=MemoryBudget(("cuda:0",), {"cuda:0": 16 * 10**9, "cpu": 30 * 10**9}),
+    budget=MemoryBudget(("cuda:0",), {"cuda:0": 16 * 10**9, "cpu": 30 * 10**9}, "--budget 16GB"),
     family="qwen2",
     exact=True,
     dtype="bfloat16",
@@ -60,6 +60,7 @@ R  reserve      600.0 MB         -
 .  free         355.0 MB  27.37 GB
    budget       16.00 GB  30.00 GB
 
+budget      --budget 16GB
 context     16,384 tokens x 2 at the same time
 KV cache    32,768 tokens, 57,344 bytes each
 prefill     in chunks of 512 tokens
@@ -123,6 +124,14 @@ def test_a_plan_that_offloads_nothing_says_so():
     assert "nothing: all 15.23 GB of weights stay on cuda:0" in printed(
         lambda console: print_plan(plan, console)
     )
+
+
+def test_on_the_cpu_what_the_process_holds_anyway_is_a_line_of_its_own():
+    plan = replace(PLAN, budget=MemoryBudget(("cpu",), {"cpu": 30 * 10**9}), devices=(RAM,))
+    assert "beside it   440.4 MB: Python, torch and the model's class before loading" in printed(
+        lambda console: print_plan(plan, console)
+    )
+    assert "beside it" not in PICTURE
 
 
 def test_offloading_to_ram_and_disk_names_both_and_adds_their_times():
