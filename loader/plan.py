@@ -3,7 +3,7 @@
 When the budget is short, things are given up in this order, and none that the user fixed:
 
 1. the prefill chunk: 2048 tokens, halved down to 256 (a long prompt is then read in more steps);
-2. the context, when none was asked for: 8192 tokens, then 4096, then 2048;
+2. the context, when none was asked for: from 8192 tokens down to 2048, in steps of 256;
 3. the prefill chunk again, down to 64;
 4. resident weights: MLP matrices from the last layer to the first, then attention projections, then an untied
    lm_head, at the very last an untied embedding. As few bytes as possible: when little has to go, smaller
@@ -21,7 +21,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
-from loader.budget import MemoryBudget
+from loader.budget import MemoryBudget, format_bytes
 from loader.checkpoint import ModelSpec
 from loader.device_map import accelerate_device, device_map
 from loader.errors import BadPlanRequest, BudgetExceeded
@@ -35,6 +35,7 @@ OFFLOAD_CHUNK = CHUNKS[-1]
 SMALL_CHUNKS = (128, 64)
 DEFAULT_CONTEXT = 8192
 SHORTER_CONTEXTS = (4096, 2048)
+CONTEXT_STEP = 256
 DEFAULT_CONCURRENCY = 1
 # Resident memory of the process before it loads a model: Python, torch for CPU and the model's class.
 STARTUP_BYTES = 420 * 2**20
@@ -133,7 +134,11 @@ def make_plan(
     request = _checked(footprint, context, concurrency)
     placer = Placer(footprint, budget)
     limit = budget.limits[budget.compute[0]]
-    placement = _resident(placer, request, limit) or _offloaded(placer, request, limit)
+    placement = _resident(placer, request, limit)
+    if placement is not None:
+        placement = _with_more_context(placer, request, limit, placement)
+    else:
+        placement = _offloaded(placer, request, limit)
     if placement is None:
         raise _misfit(footprint, budget, placer, request)
     return _plan(spec, budget, footprint, placer, request, placement)
@@ -155,6 +160,16 @@ def _checked(footprint: Footprint, context: int | None, concurrency: int | None)
 def _resident(placer: Placer, request: _Request, limit: int) -> Placement | None:
     tried = (placer.resident(setting, limit) for setting in request.resident_settings())
     return next((placement for placement in tried if placement), None)
+
+
+def _with_more_context(placer: Placer, request: _Request, limit: int, placement: Placement) -> Placement:
+    """Gives back what the coarse steps of context took too much of; the chunk stays."""
+    setting, wanted = placement.setting, request.contexts[0]
+    if request.context_is_fixed or setting.context == wanted:
+        return placement
+    longest = _longest_context(placer, setting, limit, wanted) // CONTEXT_STEP * CONTEXT_STEP
+    more = Setting(setting.chunk, max(longest, setting.context), setting.concurrency)
+    return placer.resident(more, limit) or placement
 
 
 def _offloaded(placer: Placer, request: _Request, limit: int) -> Placement | None:
@@ -189,7 +204,9 @@ def _hint(footprint: Footprint, budget: MemoryBudget, request: _Request) -> str:
         ways.append(f"a shorter --context (each token takes {footprint.kv_bytes_per_token:,} bytes)")
     if request.concurrency > 1:
         ways.append(f"a --concurrency below {request.concurrency}")
-    if not {"cpu", "disk"} & (set(budget.limits) - set(budget.compute)):
+    # What is read from disk for a GPU passes through RAM.
+    place = "disk" if budget.compute[0] == "cpu" else "cpu"
+    if not budget.offload_bytes(place, footprint.weights_bytes):
         ways.append("a place for weights that do not fit, such as --max-memory with cpu=…,disk=…")
     if footprint.dtype == "float32":
         ways.append("--dtype bfloat16, which halves it")
@@ -240,18 +257,17 @@ def _given_up(footprint: Footprint, request: _Request, placement: Placement) -> 
     wanted, got = next(request.resident_settings()), placement.setting
     if got.chunk < min(wanted.chunk, got.context):
         before = footprint.activation_bytes(wanted.chunk, got.context)
-        after = footprint.activation_bytes(got.chunk, got.context)
-        yield f"prefill chunk: {wanted.chunk:,} -> {got.chunk:,} tokens, which frees {_mb(before - after)}"
+        freed = format_bytes(before - footprint.activation_bytes(got.chunk, got.context))
+        yield f"prefill chunk: {wanted.chunk:,} -> {got.chunk:,} tokens, which frees {freed}"
     if got.context < wanted.context:
         before = footprint.kv_bytes(wanted.context, got.chunk) * got.concurrency
-        after = footprint.kv_bytes(got.context, got.chunk) * got.concurrency
-        freed = f"which frees {_mb(before - after)} of KV cache"
-        yield f"context: {wanted.context:,} -> {got.context:,} tokens, {freed}"
+        freed = format_bytes(before - footprint.kv_bytes(got.context, got.chunk) * got.concurrency)
+        yield f"context: {wanted.context:,} -> {got.context:,} tokens, which frees {freed} of KV cache"
     if placement.offload.units:
         moved = placement.offload
         yield (
-            f"resident weights: {len(moved.units)} modules, {_mb(moved.n_bytes)} in all, are copied in at "
-            f"every step through {_mb(moved.staging_bytes)} of staging"
+            f"resident weights: {len(moved.units)} modules, {format_bytes(moved.n_bytes)} in all, are copied "
+            f"in at every step through {format_bytes(moved.staging_bytes)} of staging"
         )
 
 
@@ -268,7 +284,7 @@ def _notes(
         if device not in used:
             yield f"{device} is not used: the model goes in without it, or no layer fits there."
     setting = placement.setting
-    if not request.context_is_fixed and not placement.offload.units:
+    if not request.context_is_fixed and setting.context == request.contexts[0]:
         longest = _longest_context(placer, setting, budget.limits[budget.compute[0]], footprint.max_context)
         if longest > setting.context:
             yield f"{longest:,} tokens of context would fit: ask for them with --context {longest}."
@@ -284,7 +300,3 @@ def _longest_context(placer: Placer, setting: Setting, limit: int, highest: int)
         else:
             beyond = middle
     return fits
-
-
-def _mb(n_bytes: int) -> str:
-    return f"{n_bytes / 1e6:,.1f} MB"

@@ -112,7 +112,7 @@ class Settings(BaseSettings):
     )
     context: Annotated[int, Field(ge=1)] | None = _memory(
         None, "TOKENS", "a number of tokens, 1 or more",
-        "Tokens that one conversation may hold. Without it: as many as fit, up to the model's own limit.",
+        "Tokens that one conversation may hold. Without it: 8192, or as many of them as fit.",
     )
     concurrency: Annotated[int, Field(ge=1)] | None = _memory(
         None, "N", "a number of requests, 1 or more",
