@@ -1,7 +1,8 @@
 """Writes a model of a real shape with random weights: python -m benchmarks.make_model 0.5b OUT.
 
-The shapes are those of the Qwen2.5 checkpoints (their published config.json). Weights are normal with the
-family's initializer_range in bf16, written shard by shard, so that the 7B (15.23 GB) needs 300 MB of memory.
+The shapes are those of the Qwen2.5 checkpoints and of Llama 3.1 70B (their published config.json). Weights
+are normal with the family's initializer_range in bf16, written shard by shard, so that the 7B (15.23 GB) needs
+300 MB of memory.
 The tokenizer has an entry for every id of the vocabulary: each byte is a token, and so every ASCII prompt of
 N characters has N tokens and every id decodes to text.
 """
@@ -17,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 SHARD_BYTES = 2_000_000_000
+ARCHITECTURES = {"qwen2": "Qwen2ForCausalLM", "llama": "LlamaForCausalLM"}
 
 
 @dataclass(frozen=True)
@@ -28,6 +30,7 @@ class Shape:
     kv_heads: int
     vocab: int
     tied: bool
+    family: str = "qwen2"
 
 
 SHAPES = {
@@ -35,13 +38,14 @@ SHAPES = {
     "0.5b": Shape(896, 24, 4864, 14, 2, 151_936, True),
     "1.5b": Shape(1536, 28, 8960, 12, 2, 151_936, True),
     "7b": Shape(3584, 28, 18_944, 28, 4, 152_064, False),
+    "70b": Shape(8192, 80, 28_672, 64, 8, 128_256, False, "llama"),
 }
 
 
 def config(shape: Shape, context: int = 32_768) -> dict[str, Any]:
     return {
-        "architectures": ["Qwen2ForCausalLM"],
-        "model_type": "qwen2",
+        "architectures": [ARCHITECTURES[shape.family]],
+        "model_type": shape.family,
         "hidden_size": shape.hidden,
         "num_hidden_layers": shape.layers,
         "intermediate_size": shape.intermediate,
@@ -60,7 +64,7 @@ def config(shape: Shape, context: int = 32_768) -> dict[str, Any]:
 
 
 def tensors(shape: Shape) -> Iterator[tuple[str, tuple[int, ...]]]:
-    """Names and shapes as Qwen2ForCausalLM has them, in layer order."""
+    """Names and shapes as the family's class has them, in layer order."""
     h, kv = shape.hidden, shape.hidden // shape.heads * shape.kv_heads
     yield "model.embed_tokens.weight", (shape.vocab, h)
     for i in range(shape.layers):
@@ -68,7 +72,8 @@ def tensors(shape: Shape) -> Iterator[tuple[str, tuple[int, ...]]]:
         yield p + "input_layernorm.weight", (h,)
         for name, rows in (("q", h), ("k", kv), ("v", kv)):
             yield p + f"self_attn.{name}_proj.weight", (rows, h)
-            yield p + f"self_attn.{name}_proj.bias", (rows,)
+            if shape.family == "qwen2":
+                yield p + f"self_attn.{name}_proj.bias", (rows,)
         yield p + "self_attn.o_proj.weight", (h, h)
         yield p + "post_attention_layernorm.weight", (h,)
         yield p + "mlp.gate_proj.weight", (shape.intermediate, h)
