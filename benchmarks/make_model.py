@@ -1,7 +1,7 @@
 """Writes a model of a real shape with random weights: python -m benchmarks.make_model 0.5b OUT.
 
 The shapes are those of the Qwen2.5 checkpoints and of Llama 3.1 70B (their published config.json). Weights
-are normal with the family's initializer_range in bf16, written shard by shard, so that the 7B (15.23 GB) needs
+are normal with the family's initializer_range in bf16, written shard by shard: the 7B (15.23 GB) needs
 300 MB of memory.
 The tokenizer has an entry for every id of the vocabulary: each byte is a token, and so every ASCII prompt of
 N characters has N tokens and every id decodes to text.
