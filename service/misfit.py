@@ -9,15 +9,15 @@ from collections.abc import Sequence
 
 from loader.errors import BudgetExceeded
 
-MEMORY_FLAGS = ("--budget", "--max-memory", "--gpu")
+# What the offered --device and --budget stand for. The device is named even where it was typed: --gpu makes
+# "auto" a GPU, and a budget alone would not.
+MEMORY_FLAGS = ("--budget", "--max-memory", "--gpu", "--device")
 
 
 def retry_command(command: str, argv: Sequence[str], err: BudgetExceeded) -> str:
     """`snugfit COMMAND` with the words of `argv`, but with the smallest budget that works."""
-    kept = _without_memory(argv)
-    if not any(word.split("=")[0] == "--device" for word in kept):
-        kept += ["--device", err.device]
-    words = ["snugfit", command, *kept, "--budget", size_text(err.smallest_bytes)]
+    memory = ["--device", err.device, "--budget", size_text(err.smallest_bytes)]
+    words = ["snugfit", command, *_without_memory(argv), *memory]
     return subprocess.list2cmdline(words) if sys.platform == "win32" else shlex.join(words)
 
 

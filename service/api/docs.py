@@ -17,7 +17,13 @@ _REFUSALS = {
 ERRORS: dict[int | str, dict[str, Any]] = {
     status: {"model": ErrorBody, "description": words} for status, words in _REFUSALS.items()
 }
-_BODY = {"application/json": {"schema": ChatCompletionRequest.model_json_schema()}}
+# References start at the top of the document, so the body's definitions are named by where they stand in it.
+_BODY_POINTER = "#/paths/~1v1~1chat~1completions/post/requestBody/content/application~1json/schema"
+_BODY = {
+    "application/json": {
+        "schema": ChatCompletionRequest.model_json_schema(ref_template=_BODY_POINTER + "/$defs/{model}")
+    }
+}
 CHAT_DOCS: dict[str, Any] = {
     "summary": "Create a chat completion, as one JSON object or, with stream, as server-sent events",
     "responses": {200: {"model": ChatCompletion}, **ERRORS},

@@ -40,7 +40,9 @@ def _as_list(value: object) -> object:
     return [value] if isinstance(value, str) else value
 
 
-StopList = Annotated[list[Annotated[str, Field(min_length=1)]], Field(max_length=MAX_STOPS)]
+StopString = Annotated[str, Field(min_length=1)]
+StopList = Annotated[list[StopString], Field(max_length=MAX_STOPS)]
+StopInput = BeforeValidator(_as_list, json_schema_input_type=StopString | StopList | None)
 
 
 class ChatCompletionRequest(_Request):
@@ -52,11 +54,17 @@ class ChatCompletionRequest(_Request):
     top_p: Annotated[float, Field(ge=0, le=1)] | None = None
     max_tokens: Annotated[int, Field(ge=1)] | None = None
     max_completion_tokens: Annotated[int, Field(ge=1)] | None = None
-    stop: Annotated[StopList | None, BeforeValidator(_as_list)] = None
+    stop: Annotated[StopList | None, StopInput] = None
     seed: Annotated[int, Field(ge=-INT64, lt=INT64)] | None = None
     stream: bool | None = None
     stream_options: StreamOptions | None = None
     user: str | None = None
+
+
+class _Response(BaseModel):
+    """Sent whole, so /openapi.json says that every field is required, also one with a default."""
+
+    model_config = ConfigDict(json_schema_serialization_defaults_required=True)
 
 
 class Usage(BaseModel):
@@ -65,20 +73,20 @@ class Usage(BaseModel):
     total_tokens: int
 
 
-class AssistantMessage(BaseModel):
+class AssistantMessage(_Response):
     role: Literal["assistant"] = "assistant"
     content: str
     refusal: None = None
 
 
-class Choice(BaseModel):
+class Choice(_Response):
     index: int = 0
     message: AssistantMessage
     logprobs: None = None
     finish_reason: str
 
 
-class ChatCompletion(BaseModel):
+class ChatCompletion(_Response):
     id: str
     object: Literal["chat.completion"] = "chat.completion"
     created: int
@@ -110,7 +118,7 @@ class ChatCompletionChunk(BaseModel):
     usage: Usage | None = None  # unset unless the client asked for usage
 
 
-class Model(BaseModel):
+class Model(_Response):
     id: str
     object: Literal["model"] = "model"
     created: int
@@ -118,7 +126,7 @@ class Model(BaseModel):
     max_model_len: int  # the name by which vLLM's clients look for the context length
 
 
-class ModelList(BaseModel):
+class ModelList(_Response):
     object: Literal["list"] = "list"
     data: list[Model]
 

@@ -68,7 +68,8 @@ class Runner:
             position_ids=torch.arange(past, past + len(ids), device=self._device).unsqueeze(0),
             past_key_values=cache,
             use_cache=True,
-            logits_to_keep=1,
+            # An index, not 1: from a view of the last row torch multiplies with a copy of the whole head.
+            logits_to_keep=torch.tensor([len(ids) - 1], device=self._device),
         )
         logits: torch.Tensor = output.logits[0, -1]
         return logits
