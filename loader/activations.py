@@ -54,7 +54,7 @@ class Forward:
 
     def _trunk(self) -> int:
         """The embeddings, cos and sin, positions as int64, and the masks."""
-        tables = 2 * self.shape.rotary_dim * self._family.rope_tables
+        tables = 2 * self.shape.rotary_dim * self.shape.rope_tables
         return self._wide(self.shape.hidden + tables) + self.tokens * INT64 + self._masks()
 
     def _masks(self) -> int:

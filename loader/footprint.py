@@ -157,15 +157,16 @@ def weight_units(spec: ModelSpec, shape: Shape, dtype_bytes: int) -> tuple[Weigh
     if shape.tied:
         embedding = embedding or "model.embed_tokens"
         matrix = shape.vocab * shape.hidden * dtype_bytes
-        # Whichever of the two names the file has, or both: one matrix, under the embedding's name.
-        bias = max(amounts.get(head, matrix) - matrix, 0)
+        # Whichever of the two names the file has, or both: one matrix, under the embedding's name. A bias of
+        # the head is its own, with or without the matrix beside it.
+        bias = amounts.get(head, 0) % matrix
         amounts.setdefault(embedding, matrix)
         amounts[head] = bias
     if family.scaled_embedding and embedding:
         amounts[embedding] += dtype_bytes
     if shape.rotary_dim:
         # inv_freq and original_inv_freq, in float32 whatever the dtype.
-        amounts["model.rotary_emb"] = family.rope_tables * 2 * (shape.rotary_dim // 2) * FLOAT32
+        amounts["model.rotary_emb"] = shape.rope_tables * 2 * (shape.rotary_dim // 2) * FLOAT32
     owners = _owners_with_children(amounts)
     units = [
         _unit(name, n_bytes, embedding if shape.tied and name == head else None, owners)

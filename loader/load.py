@@ -7,13 +7,14 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from loader import hub
+from loader import hub, probe
 from loader.arena import ALIGN_BYTES, Arena
 from loader.device_map import accelerate_device
 from loader.errors import DeviceUnavailable, UnsupportedModel
 from loader.families import family_of
-from loader.meter import Meter
+from loader.meter import Meter, give_back_what_is_freed
 from loader.plan import Plan
+from loader.probe import Machine
 from loader.weights import CheckpointWeights
 
 if TYPE_CHECKING:
@@ -52,10 +53,13 @@ def load(plan: Plan, progress: Progress | None = None) -> LoadedModel:
     """Read the weights to where the plan says. `progress(done_bytes, total_bytes)` may raise to stop it.
 
     Raises TensorMismatch when the checkpoint and the architecture differ, DeviceUnavailable when a device of
-    the plan is not here, UnsupportedModel when transformers cannot build it.
+    the plan is not here or has less free than the plan takes, UnsupportedModel when transformers cannot build
+    it.
     """
     _check_devices(plan)
+    _check_room(plan, probe.machine())
     folder = plan.spec.path or hub.download(plan.spec.source, plan.spec.revision)
+    give_back_what_is_freed()
     model, dtypes = _build(plan)
     meter = Meter(plan)
     weights = CheckpointWeights(plan.spec, Path(folder), model, dtypes)
@@ -88,6 +92,17 @@ def _check_devices(plan: Plan) -> None:
             raise DeviceUnavailable(
                 f"the plan is for {device} and torch sees {torch.cuda.device_count()} GPUs here. "
                 "Load it with --device cpu, or on the machine that has the card."
+            )
+
+
+def _check_room(plan: Plan, machine: Machine) -> None:
+    """A budget is what may be used; whether so much is free is only known now."""
+    for device in plan.devices:
+        free_bytes = machine.free_bytes(device.device)
+        if free_bytes is not None and free_bytes < device.peak_bytes:
+            raise DeviceUnavailable(
+                f"{device.device} has {free_bytes:,} bytes free and the plan takes {device.peak_bytes:,}. "
+                f"End what holds the rest, or give a smaller budget: --budget {free_bytes * 9 // 10}"
             )
 
 
@@ -199,7 +214,8 @@ def _dispatch(model: Any, plan: Plan, offloaded: _Offloaded) -> None:
     dispatch_model(
         model,
         plan.device_map,
-        main_device=accelerate_device(plan.main_device),  # it compares with "cpu", which no torch.device equals
+        # A name, not a torch.device, which never equals the "cpu" that accelerate compares it with.
+        main_device=accelerate_device(plan.main_device),
         state_dict=offloaded,
         offload_index={},
     )

@@ -1,11 +1,33 @@
-"""Measures what a model adds to each computing device, and caps the GPUs before anything is allocated."""
+"""Measures what a model adds to each computing device; caps the GPUs and bounds malloc before it is there."""
 
 from __future__ import annotations
 
+import ctypes
 import gc
+import sys
+from contextlib import suppress
 
 from loader import probe
 from loader.plan import Plan
+
+# M_MMAP_THRESHOLD and M_TRIM_THRESHOLD of mallopt(3), as glibc starts with them. Left alone they grow with
+# every large block that is freed, up to 32 and 64 MiB, and freed blocks below that stay with the process.
+MALLOC_OPTIONS = {-3: 128 * 2**10, -1: 128 * 2**10}
+
+
+def give_back_what_is_freed() -> None:
+    """From now on, blocks of 128 KiB and more go back to the system as soon as they are freed.
+
+    Call it before a model is built, which frees a block for every parameter: otherwise a model of 100 MB, two
+    fifths of it offloaded, takes 33 MB more than it needs. Without glibc it does nothing.
+    """
+    if sys.platform != "linux":
+        return
+    libc = ctypes.CDLL(None)
+    with suppress(AttributeError):
+        for option, value in MALLOC_OPTIONS.items():
+            libc.mallopt(option, value)
+        libc.malloc_trim(0)
 
 
 class Meter:

@@ -22,7 +22,7 @@ CUDA_CONTEXT_BYTES = 450_000_000
 CUDA_SLACK_BYTES = 64 * MiB
 CUDA_SLACK_PERCENT = 5  # of activations
 # malloc's arenas, oneDNN's scratch memory and the thread pool's stacks.
-CPU_RESERVE_BYTES = 24 * MiB
+CPU_RESERVE_BYTES = 40 * MiB
 
 
 @dataclass(frozen=True, slots=True)
@@ -190,8 +190,8 @@ class Placer:
         return self._offloaders[layers]
 
     def _limit(self, device: str) -> int:
-        """Bytes that may be offloaded there; 0 when the budget does not name it."""
-        return 0 if device in self._budget.compute else self._budget.limits.get(device, 0)
+        """Bytes that may be offloaded there."""
+        return self._budget.offload_bytes(device, self._footprint.weights_bytes)
 
     def _ram_room(self) -> int:
         return max(self._limit("cpu") - CPU_RESERVE_BYTES, 0)

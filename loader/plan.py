@@ -163,9 +163,12 @@ def _resident(placer: Placer, request: _Request, limit: int) -> Placement | None
 
 
 def _with_more_context(placer: Placer, request: _Request, limit: int, placement: Placement) -> Placement:
-    """Gives back what the coarse steps of context took too much of; the chunk stays."""
+    """Gives back what the coarse steps of context took too much of; the chunk stays.
+
+    Not what a smaller chunk has freed: a larger budget would then have the shorter context.
+    """
     setting, wanted = placement.setting, request.contexts[0]
-    if request.context_is_fixed or setting.context == wanted:
+    if request.context_is_fixed or setting.context == wanted or setting.chunk in SMALL_CHUNKS:
         return placement
     longest = _longest_context(placer, setting, limit, wanted) // CONTEXT_STEP * CONTEXT_STEP
     more = Setting(setting.chunk, max(longest, setting.context), setting.concurrency)

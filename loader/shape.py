@@ -25,7 +25,6 @@ ALIASES = {
     "max_position_embeddings": ("n_positions", "max_seq_len", "seq_length"),
     "num_experts": ("num_local_experts", "n_routed_experts", "moe_num_experts"),
     "num_experts_per_tok": ("moe_k", "moe_top_k"),
-    "moe_intermediate_size": ("intermediate_size",),
 }
 
 
@@ -63,6 +62,11 @@ class Shape:
     def kv_width(self) -> int:
         return self.kv_heads * self.head_dim
 
+    @property
+    def rope_tables(self) -> int:
+        """One, or in some families one for each kind of layer that the model has."""
+        return min(family_of(self.family).rope_tables, len(set(self.layer_kinds)))
+
 
 def describe(spec: ModelSpec) -> Shape:
     """Read the model's numbers; UnsupportedModel when config.json lacks one that has no default."""
@@ -88,7 +92,7 @@ def describe(spec: ModelSpec) -> Shape:
         window=config.get("sliding_window") if SLIDING in kinds else None,
         experts=experts,
         experts_per_token=config.number("num_experts_per_tok") if experts else 0,
-        expert_intermediate=config.number(family.expert_width) if experts else 0,
+        expert_intermediate=_expert_intermediate(config, family) if experts else 0,
         dense_layers=_dense_layers(config, len(kinds)) if experts else len(kinds),
         **_linear_sizes(config, hidden),
     )
@@ -105,7 +109,10 @@ class _Settings:
     def __post_init__(self) -> None:
         given = {**self.spec.config, **(self.spec.config.get("text_config") or {})}
         stated = {key: value for key, value in given.items() if value is not None or key == "sliding_window"}
-        object.__setattr__(self, "values", {**self.family.defaults, **stated})
+        # transformers 5 saves a Qwen3-MoE's num_experts as num_local_experts: no default may hide that.
+        renamed = {key for key, aliases in ALIASES.items() if any(alias in stated for alias in aliases)}
+        defaults = {key: value for key, value in self.family.defaults.items() if key not in renamed}
+        object.__setattr__(self, "values", {**defaults, **stated})
 
     def get(self, key: str, default: Any = None) -> Any:
         value = self.values.get(key)
@@ -149,6 +156,11 @@ def _intermediate(config: _Settings, hidden: int) -> int:
     width = int(config.get("block_ffn_dim_multiplier") * int(2 * width / 3))
     multiple = config.number("block_multiple_of")
     return multiple * -(-width // multiple)
+
+
+def _expert_intermediate(config: _Settings, family: Family) -> int:
+    """An unlisted family's experts may be as wide as its dense MLPs."""
+    return config.number_or(family.expert_width, 0) or config.number("intermediate_size")
 
 
 def _linear_sizes(config: _Settings, hidden: int) -> dict[str, int]:

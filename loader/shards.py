@@ -28,7 +28,7 @@ def torch_dtype(name: str) -> torch.dtype:
     return {
         "F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16,
         "I64": torch.int64, "I32": torch.int32, "I16": torch.int16, "I8": torch.int8, "U8": torch.uint8,
-        "BOOL": torch.bool,
+        "BOOL": torch.bool, "F8_E4M3": torch.float8_e4m3fn, "F8_E5M2": torch.float8_e5m2,
     }[name]  # fmt: skip
 
 
@@ -74,7 +74,7 @@ class ShardReader:
             # One read call moves at most 2 GiB on Linux, so a big embedding takes several.
             n = file.readinto(into[done:])
             if not n:
-                raise TruncatedShard(str(self._folder / name), start + len(into), start + done)
+                raise TruncatedShard(str(self._folder / name), start + len(into), file.seek(0, io.SEEK_END))
             done += n
 
     def _open(self, name: str) -> io.FileIO:

@@ -169,12 +169,26 @@ def _check(
     ignored = [*(model._keys_to_ignore_on_load_unexpected or []), r"rotary_emb\.inv_freq$"]
     unexpected = [name for name in unexpected if not any(re.search(pattern, name) for pattern in ignored)]
     wrong = [
-        f"{name}: {list(info.shape)} in the file, {list(shapes[name])} in the model"
+        f"{name}: {list(found)} in the file, {list(shapes[name])} in the model"
         for name, source in sources.items()
-        if source.converter is None and (info := next(source.tensors())).shape != tuple(shapes[name])
+        if (found := _shape_in_file(source)) not in (None, tuple(shapes[name]))
     ]
     if missing or unexpected or wrong:
         raise TensorMismatch(spec.source, missing, unexpected, wrong)
+
+
+def _shape_in_file(source: Source) -> tuple[int, ...] | None:
+    """The shape that a parameter gets, or an odd expert's; None where only a converter knows it."""
+    first = next(source.tensors()).shape
+    if source.converter is None:
+        return first
+    if not _stacks(source.converter):
+        return None
+    parts = [source.parts.get(pattern, []) for pattern in source.converter.source_patterns]
+    if odd := [info.shape for infos in parts for info in infos if info.shape != infos[0].shape]:
+        return odd[0]
+    rows = sum(infos[0].shape[0] for infos in parts if infos)
+    return min(len(infos) for infos in parts), rows, *first[1:]
 
 
 def _is_tied(name: str, sources: Mapping[str, Source], model: Any) -> bool:
@@ -199,8 +213,7 @@ def stacked_places(source: Source, out: torch.Tensor) -> list[tuple[torch.Tensor
     `MergeModulelist(dim=0)` stacks experts: out[e] = part[e]; followed by `Concatenate(dim=1)`, the rows of
     gate and up come one after the other: out[e] = [gate[e]; up[e]].
     """
-    operations = [(type(op).__name__, getattr(op, "dim", None)) for op in source.converter.operations]
-    if operations not in ([("MergeModulelist", 0)], [("MergeModulelist", 0), ("Concatenate", 1)]):
+    if not _stacks(source.converter):
         return []
     places = []
     row = 0
@@ -211,3 +224,8 @@ def stacked_places(source: Source, out: torch.Tensor) -> list[tuple[torch.Tensor
         row += rows
     covered = sum(place.numel() for place, _ in places)
     return places if covered == out.numel() else []
+
+
+def _stacks(converter: Any) -> bool:
+    operations = [(type(op).__name__, getattr(op, "dim", None)) for op in converter.operations]
+    return operations in ([("MergeModulelist", 0)], [("MergeModulelist", 0), ("Concatenate", 1)])
