@@ -213,6 +213,16 @@ class TensorMismatch(BadCheckpoint):
         )
 
 
+class TiedWeightsDiffer(BadCheckpoint):
+    """config.json ties two matrices that the file has both of, with different values; `load` finds that."""
+
+    def __init__(self, source: str, name: str, copy: str) -> None:
+        super().__init__(
+            f"{source}: config.json says that {name} and {copy} are one matrix (tie_word_embeddings); the "
+            'file holds two that differ. If they were trained apart, set "tie_word_embeddings": false there.'
+        )
+
+
 class HubError(LoaderError):
     """The hub could not be asked: unknown model, no token, offline, or no network."""
 

@@ -8,6 +8,8 @@ header, data).
 from __future__ import annotations
 
 import io
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -48,6 +50,19 @@ class ShardReader:
         else:
             self._read_staged(out, info)
 
+    def same(self, one: TensorInfo, other: TensorInfo) -> bool:
+        """Whether two tensors have the same dtype, shape and bytes; read in pieces."""
+        if (one.dtype, one.shape) != (other.dtype, other.shape):
+            return False
+        first, second = bytearray(STAGING_BYTES), bytearray(STAGING_BYTES)
+        for at in range(0, one.n_bytes, STAGING_BYTES):
+            n_bytes = min(STAGING_BYTES, one.n_bytes - at)
+            self._read(memoryview(first)[:n_bytes], one.file, one.start + at)
+            self._read(memoryview(second)[:n_bytes], other.file, other.start + at)
+            if first != second:
+                return False
+        return True
+
     def _read_staged(self, out: torch.Tensor, info: TensorInfo) -> None:
         import torch
 
@@ -85,6 +100,15 @@ class ShardReader:
     def close(self) -> None:
         while self._files:
             self._files.popitem()[1].close()
+
+
+@contextmanager
+def closing_on_error(reader: ShardReader) -> Iterator[None]:
+    try:
+        yield
+    except BaseException:
+        reader.close()
+        raise
 
 
 def _bytes_of(tensor: torch.Tensor) -> memoryview:

@@ -17,8 +17,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from loader.checkpoint import ModelSpec, TensorInfo
-from loader.errors import TensorMismatch
-from loader.shards import ShardReader, torch_dtype
+from loader.errors import TensorMismatch, TiedWeightsDiffer
+from loader.shards import ShardReader, closing_on_error, torch_dtype
 
 if TYPE_CHECKING:
     import torch
@@ -33,6 +33,7 @@ class Source:
 
     parts: dict[str, list[TensorInfo]] = field(default_factory=dict)
     converter: Any = None  # transformers' WeightConverter; None: the tensor as it is
+    copy: TensorInfo | None = None  # of a tied parameter, when the file has it under both names
 
     def tensors(self) -> Iterator[TensorInfo]:
         for infos in self.parts.values():
@@ -52,6 +53,15 @@ class CheckpointWeights(Mapping[str, "torch.Tensor"]):
         self._dtypes = dtypes
         self._shapes = {name: tensor.shape for name, tensor in model.state_dict().items()}
         self._sources = find_sources(spec, model, self._shapes)
+        with closing_on_error(self._reader):
+            self._refuse_different_copies(spec)
+
+    def _refuse_different_copies(self, spec: ModelSpec) -> None:
+        """One of two matrices that differ would be lost: config.json is wrong about their being one."""
+        for source in self._sources.values():
+            first = next(source.tensors())
+            if source.copy is not None and not self._reader.same(first, source.copy):
+                raise TiedWeightsDiffer(spec.source, first.name, source.copy.name)
 
     def __getitem__(self, name: str) -> torch.Tensor:
         import torch
@@ -202,8 +212,9 @@ def _without_tied_copies(sources: dict[str, Source], model: Any) -> dict[str, So
     """A tied parameter is read once, under its owner's name, whichever of the two names the file has."""
     for target, owner in model.all_tied_weights_keys.items():
         if target in sources:
-            copy = sources.pop(target)
-            sources.setdefault(owner, copy)
+            found = sources.pop(target)
+            kept = sources.setdefault(owner, found)
+            kept.copy = None if kept is found else next(found.tensors())
     return sources
 
 

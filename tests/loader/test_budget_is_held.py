@@ -34,7 +34,8 @@ MODELS = {
 }
 TIED, UNTIED = MODELS
 
-# As service/boot.py does it, with a thread beside it that looks at resident memory all the time.
+# As service/boot.py does it, on a thread as in service/lifecycle.py (glibc keeps its allocations apart), with
+# another beside it that looks at resident memory all the time.
 SCRIPT = """
 import json, sys, threading
 import psutil
@@ -63,10 +64,16 @@ def progress(done_bytes, total_bytes):
         seen.append(resident_bytes())
         threading.Thread(target=watch, daemon=True).start()
 
-loaded = load(plan, progress)
-runner = Runner(loaded.model, loaded.device, plan.context, plan.concurrency, plan.chunk_tokens)
-runner.rehearse()
-rehearsed = loaded.measured_peak_bytes()["cpu"]
+def boot():
+    global loaded, runner, rehearsed
+    loaded = load(plan, progress)
+    runner = Runner(loaded.model, loaded.device, plan.context, plan.concurrency, plan.chunk_tokens)
+    runner.rehearse()
+    rehearsed = loaded.measured_peak_bytes()["cpu"]
+
+thread = threading.Thread(target=boot)
+thread.start()
+thread.join()
 chosen = [int(runner.prefill(0, ids).argmax())]
 while len(chosen) < tokens:
     chosen.append(int(runner.decode(0, chosen[-1]).argmax()))

@@ -9,7 +9,7 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from loader import checkpoint
-from loader.errors import TensorMismatch
+from loader.errors import TensorMismatch, TiedWeightsDiffer
 from loader.shards import ShardReader
 from loader.weights import CheckpointWeights, find_sources
 
@@ -197,6 +197,16 @@ def test_a_tied_matrix_is_read_once_whichever_name_the_file_has(saved, weights_o
     assert HEAD not in sources
     assert [info.name for info in sources[EMBEDDING].tensors()] == [kept[0]]
     assert_reads_as_transformers(weights_of(folder), folder)
+
+
+def test_two_tied_matrices_that_differ_are_refused(saved):
+    def add_another(tensors):
+        tensors[HEAD] = tensors[EMBEDDING] * 2
+
+    folder = rewrite(saved("qwen2", tie_word_embeddings=True), add_another)
+    model = skeleton(folder)
+    with pytest.raises(TiedWeightsDiffer, match=r"embed_tokens\.weight and lm_head\.weight are one"):
+        CheckpointWeights(checkpoint.read(folder), folder, model, {})
 
 
 def test_rotary_tables_of_old_llama_checkpoints_are_left_out(saved, weights_of):
