@@ -1,16 +1,17 @@
 # What a person runs and what CI runs are the same targets.
 PYTHON ?= python3
-BIN := .venv/bin
+VENV ?= .venv
+BIN := $(VENV)/bin
 
 .PHONY: serve test check format demo-model bench
 
-serve: .venv/installed
+serve: $(VENV)/installed
 	$(BIN)/snugfit serve $(MODEL)
 
-test: .venv/installed-dev
+test: $(VENV)/installed-dev
 	$(BIN)/python -m pytest
 
-check: .venv/installed-dev
+check: $(VENV)/installed-dev
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
@@ -18,26 +19,26 @@ check: .venv/installed-dev
 	$(BIN)/python -m service.config_doc --check
 	$(BIN)/python -m docs.picture --check
 
-format: .venv/installed-dev
+format: $(VENV)/installed-dev
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
 # Replaces service/demo when the evaluation passes; about 35 minutes on 2 cores.
-demo-model: .venv/installed-dev
+demo-model: $(VENV)/installed-dev
 	$(BIN)/python -m demo_model.train
 
-bench: .venv/installed-dev
+bench: $(VENV)/installed-dev
 	$(BIN)/python -m benchmarks.make_model 0.5b build/models/0.5b
 	$(BIN)/python -m benchmarks.plan_vs_measured build/models/0.5b
 	$(BIN)/python -m benchmarks.serve build/models/0.5b
 
 # torch is pinned first and alone, so that nothing else can pull another build of it.
-.venv/installed: pyproject.toml constraints.txt
-	$(PYTHON) -m venv .venv
+$(VENV)/installed: pyproject.toml constraints.txt
+	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install -q -c constraints.txt "torch==2.13.0"
 	$(BIN)/python -m pip install -q -c constraints.txt -e .
 	touch $@
 
-.venv/installed-dev: .venv/installed
+$(VENV)/installed-dev: $(VENV)/installed
 	$(BIN)/python -m pip install -q -c constraints.txt -e ".[dev]"
 	touch $@

@@ -1,4 +1,4 @@
-"""Draws docs/plan.svg: what `snugfit plan` prints for a 7B on 16 GB. `--check` only compares.
+"""Draws docs/plan.svg: what `snugfit plan` prints for a 7B at 8 GB. `--check` only compares.
 
 `python -m docs.picture` makes the headers of the model, plans for a machine that is written down here, and so
 gives the same picture everywhere. Exit code 1 when --check finds it out of date.

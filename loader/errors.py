@@ -68,6 +68,19 @@ class OverBudget(LoaderError):
         )
 
 
+class OutOfMemory(LoaderError):
+    """The device had less to give than the plan counted on: the cap held, and loading ended."""
+
+    exit_code = EXIT_DOES_NOT_FIT
+
+    def __init__(self, phase: str, planned_bytes: int, reason: str) -> None:
+        self.planned_bytes = planned_bytes
+        super().__init__(
+            f"out of memory while {phase}; the plan counted on a peak of {planned_bytes:,} bytes. "
+            f"Give a shorter --context, or a smaller budget so that more is offloaded. ({reason})"
+        )
+
+
 class DeviceUnavailable(LoaderError):
     """The plan is for a device that this machine lacks, or that another process has filled."""
 

@@ -16,7 +16,7 @@ from pathlib import Path
 from loader.errors import HubError
 from loader.files import Folder, ModelFiles
 from loader.headers import LENGTH_BYTES, TensorInfo, header_length, parse_header
-from loader.hub_errors import explained, http_error, is_unreachable
+from loader.hub_errors import explained, http_error, is_busy, is_unreachable
 
 # What loading a model reads: nothing that is a pickle, Mistral's second copy of the weights, or in a folder.
 WANTED = ("*.safetensors", "*.json", "*.jinja", "*.txt", "*.model", "*.tiktoken")
@@ -46,7 +46,7 @@ def files(source: str, revision: str | None = None) -> ModelFiles:
         try:
             commit, names = _list(repo, revision)
         except http_error() as err:
-            if is_unreachable(err) and (folder := _cached(repo, revision)) is not None:
+            if (is_unreachable(err) or is_busy(err)) and (folder := _cached(repo, revision)) is not None:
                 return Folder(source, folder, folder.name)
             raise
     folder = _cached(repo, commit)

@@ -37,6 +37,11 @@ def is_unreachable(err: Exception) -> bool:
     return isinstance(err, http_error()) and not isinstance(err, HfHubHTTPError)
 
 
+def is_busy(err: Exception) -> bool:
+    """Whether the hub answered that it cannot answer now."""
+    return getattr(getattr(err, "response", None), "status_code", None) in BUSY
+
+
 def _hub_error(source: str, revision: str | None, err: Exception) -> HubError:
     from huggingface_hub import errors
 

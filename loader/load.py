@@ -59,7 +59,8 @@ def load(plan: Plan, progress: Progress | None = None) -> LoadedModel:
     _check_devices(plan)
     _check_room(plan, probe.machine())
     folder = plan.spec.path or hub.download(plan.spec.source, plan.spec.revision)
-    give_back_what_is_freed()
+    if "cpu" in plan.budget.compute:
+        give_back_what_is_freed()
     model, dtypes = _build(plan)
     meter = Meter(plan)
     weights = CheckpointWeights(plan.spec, Path(folder), model, dtypes)
@@ -100,9 +101,10 @@ def _check_room(plan: Plan, machine: Machine) -> None:
     for device in plan.devices:
         free_bytes = machine.free_bytes(device.device)
         if free_bytes is not None and free_bytes < device.peak_bytes:
+            flag = "--budget " if device.device == plan.main_device else f"--max-memory {device.device}="
             raise DeviceUnavailable(
                 f"{device.device} has {free_bytes:,} bytes free and the plan takes {device.peak_bytes:,}. "
-                f"End what holds the rest, or give a smaller budget: --budget {free_bytes * 9 // 10}"
+                f"End what holds the rest, or give it less: {flag}{free_bytes * 9 // 10}"
             )
 
 
@@ -110,6 +112,7 @@ def _build(plan: Plan) -> tuple[Any, dict[str, torch.dtype]]:
     """The model without weights (they are on meta, buffers are real) and the dtype of every parameter."""
     import torch
     from accelerate import init_empty_weights
+    from huggingface_hub.errors import StrictDataclassError
     from transformers import AutoConfig, AutoModelForCausalLM
 
     dtype = getattr(torch, plan.dtype)
@@ -118,7 +121,7 @@ def _build(plan: Plan) -> tuple[Any, dict[str, torch.dtype]]:
         config = AutoConfig.for_model(**dict(plan.spec.config))
         with init_empty_weights(include_buffers=False):
             model = AutoModelForCausalLM.from_config(config, dtype=dtype, attn_implementation=attention)
-    except (ValueError, KeyError, TypeError) as err:
+    except (ValueError, LookupError, TypeError, AttributeError, ImportError, StrictDataclassError) as err:
         raise UnsupportedModel(plan.spec.source, plan.spec.model_type, str(err)) from err
     model.tie_weights()
     return model, {name: tensor.dtype for name, tensor in model.state_dict().items()}
@@ -169,7 +172,8 @@ def _place(name: str, plan: Plan) -> str:
     while module not in plan.device_map:
         module = module.rpartition(".")[0]
         if not module and "" not in plan.device_map:
-            raise KeyError(name)
+            reason = f"the plan has no place for {name}; give a budget under which nothing is offloaded"
+            raise UnsupportedModel(plan.spec.source, plan.spec.model_type, reason)
     place = plan.device_map[module]
     return f"cuda:{place}" if isinstance(place, int) else place
 

@@ -8,7 +8,9 @@ import sys
 from contextlib import suppress
 
 from loader import probe
+from loader.placement import CUDA_CONTEXT_BYTES
 from loader.plan import Plan
+from loader.probe import Machine
 
 # M_MMAP_THRESHOLD and M_TRIM_THRESHOLD of mallopt(3), as glibc starts with them. Left alone they grow with
 # every large block that is freed, up to 32 and 64 MiB, and freed blocks below that stay with the process.
@@ -35,10 +37,13 @@ class Meter:
 
     def __init__(self, plan: Plan) -> None:
         self._compute = plan.budget.compute
-        self._context_bytes = {d: _cap(d, plan.budget.limits[d]) for d in self._compute if d != "cpu"}
+        gpus = [device for device in self._compute if device != "cpu"]
+        before = probe.machine()
+        self._context_bytes = {gpu: _cap(gpu, plan.budget.limits[gpu], before) for gpu in gpus}
         gc.collect()
-        probe.reset_peak()
-        self.baseline_bytes = probe.resident_bytes()
+        # Where the peak cannot be started again, what is above the one so far is all that can be told.
+        started = probe.reset_peak()
+        self.baseline_bytes = probe.resident_bytes() if started else probe.peak_resident_bytes()
 
     def peak_bytes(self) -> dict[str, int]:
         """The most so far, by device: memory above the start on a CPU, context and allocator on a GPU."""
@@ -52,14 +57,22 @@ class Meter:
         return self._context_bytes[device] + torch.cuda.max_memory_reserved(device)
 
 
-def _cap(device: str, budget_bytes: int) -> int:
-    """Create the CUDA context, cap the allocator at the budget less the context, and return its bytes."""
+def _cap(device: str, budget_bytes: int, before: Machine) -> int:
+    """Create the CUDA context, cap the allocator at the budget less the context, and return its bytes.
+
+    `before` is the machine before any context was created. Without NVML nothing is known of that moment, and
+    the context counts as much as the plan has put aside for it.
+    """
     import torch
 
-    before = {gpu.device: gpu.free_bytes for gpu in probe.machine().gpus}
-    torch.empty(1, device=device)
+    warm = torch.ones(64, 64, dtype=torch.bfloat16, device=device)
+    (warm @ warm).sum().item()  # kernels and cuBLAS are loaded when they are first used
     free_bytes, total_bytes = torch.cuda.mem_get_info(device)
-    context_bytes = max(0, before.get(device, free_bytes) - free_bytes)
+    uuid = str(torch.cuda.get_device_properties(device).uuid)  # NVML may number the cards otherwise
+    was_free = next((gpu.free_bytes for gpu in before.gpus if gpu.uuid.endswith(uuid)), None)
+    reserved_bytes = torch.cuda.memory_reserved(device)
+    measured = was_free - free_bytes - reserved_bytes if was_free is not None else CUDA_CONTEXT_BYTES
+    context_bytes = max(measured, 0)
     fraction = (budget_bytes - context_bytes) / total_bytes
     torch.cuda.set_per_process_memory_fraction(max(0.0, min(1.0, fraction)), device)
     return context_bytes

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NoReturn
 
 from loader.checkpoint import ModelSpec
 from loader.errors import UnsupportedModel
@@ -69,12 +69,24 @@ class Shape:
 
 
 def describe(spec: ModelSpec) -> Shape:
-    """Read the model's numbers; UnsupportedModel when config.json lacks one that has no default."""
+    """Read the model's numbers; UnsupportedModel when config.json lacks one that has no default, or holds
+    something else in its place."""
+    try:
+        return _describe(spec)
+    except (TypeError, AttributeError, ValueError, LookupError) as err:
+        reason = f"a value in config.json is not of the kind it should be ({err})"
+        raise UnsupportedModel(spec.source, spec.model_type, reason) from err
+
+
+def _describe(spec: ModelSpec) -> Shape:
     family = family_of(spec.model_type)
     config = _Settings(spec, family)
     heads, hidden = config.number("num_attention_heads"), config.number("hidden_size")
-    head_dim = config.get("head_dim") or hidden // heads
-    kinds = _layer_kinds(config.values, family, config.number("num_hidden_layers"))
+    head_dim = config.number_or("head_dim", hidden // heads)
+    layers = config.number("num_hidden_layers")
+    if spec.tensors and layers > len(spec.tensors):
+        raise ValueError(f"num_hidden_layers is {layers:,}, and there are {len(spec.tensors):,} tensors")
+    kinds = _layer_kinds(config.values, family, layers)
     experts = config.number_or(family.experts, 0)
     return Shape(
         family=spec.model_type,
@@ -87,7 +99,7 @@ def describe(spec: ModelSpec) -> Shape:
         intermediate=_intermediate(config, hidden),
         vocab=config.number("vocab_size"),
         max_context=config.number("max_position_embeddings"),
-        tied=bool(config.get("tie_embedding", config.get("tie_word_embeddings"))),
+        tied=config.flag("tie_embedding" if "tie_embedding" in config.values else "tie_word_embeddings"),
         layer_kinds=kinds,
         window=config.get("sliding_window") if SLIDING in kinds else None,
         experts=experts,
@@ -118,17 +130,27 @@ class _Settings:
         value = self.values.get(key)
         return default if value is None else value
 
+    def flag(self, key: str) -> bool:
+        value = self.get(key, False)
+        if not isinstance(value, bool):
+            raise TypeError(f"{key} is {value!r}, not true or false")
+        return value
+
     def number_or(self, key: str, default: int) -> int:
         for name in (key, *ALIASES.get(key, ())):
             value = self.get(name)
             if isinstance(value, int) and value > 0:
                 return value
+            if isinstance(value, str):
+                self._refuse(f"config.json has no usable {name!r}: it is {value!r}, not a number")
         return default
 
     def number(self, key: str) -> int:
         if found := self.number_or(key, 0):
             return found
-        reason = f"config.json has no usable {key!r}, and without it its size cannot be told"
+        self._refuse(f"config.json has no usable {key!r}, and without it its size cannot be told")
+
+    def _refuse(self, reason: str) -> NoReturn:
         raise UnsupportedModel(self.spec.source, self.spec.model_type, reason)
 
 

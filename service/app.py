@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
-from importlib.metadata import PackageNotFoundError, version
 
 from fastapi import FastAPI, Request
 from starlette.exceptions import HTTPException
@@ -22,6 +21,7 @@ from service.lifecycle import Service, Start
 from service.metrics import Metrics
 from service.planning import served_name
 from service.settings import Settings
+from service.usage import version
 
 EXPOSED_HEADERS = (REQUEST_ID, IGNORED_HEADER, "retry-after", "retry-after-ms")
 
@@ -32,7 +32,7 @@ def create_app(settings: Settings, start: Start, plan: Plan | None = None) -> Fa
     `app.state.service` is its Service. `plan` is for /metrics, which shows it while loading too.
     """
     service = Service(served_name(settings), start, plan)
-    metrics = Metrics(service, _version())
+    metrics = Metrics(service, version())
 
     @asynccontextmanager
     async def lifespan(_app: FastAPI) -> AsyncIterator[None]:
@@ -43,7 +43,7 @@ def create_app(settings: Settings, start: Start, plan: Plan | None = None) -> Fa
 
     app = FastAPI(
         title="snugfit",
-        version=_version(),
+        version=version(),
         lifespan=lifespan,
         middleware=_middleware(settings, service),
         docs_url=None,  # its page takes scripts from the network
@@ -78,10 +78,3 @@ def _middleware(settings: Settings, service: Service) -> list[Middleware]:
 async def _router_refusal(_request: Request, err: Exception) -> Response:
     """No such path, no such method: in OpenAI's shape as well."""
     return answer(err).response()
-
-
-def _version() -> str:
-    try:
-        return version("snugfit")
-    except PackageNotFoundError:  # run from its source folder
-        return "unknown"

@@ -22,6 +22,10 @@ class Template(Protocol):
         """Called on a worker thread, since a long prompt takes a while. Raises TemplateRefused."""
         ...
 
+    def least_tokens(self, messages: Sequence[Mapping[str, str]]) -> int:
+        """Fewer than `encode` gives, without reading the text: what is far too long is refused at once."""
+        ...
+
 
 class ModelMemory(Protocol):
     """What the model holds; `loader.load.LoadedModel` is the real one."""

@@ -7,9 +7,10 @@ import logging
 import time
 from collections.abc import Mapping
 from contextlib import ExitStack
+from dataclasses import replace
 from typing import Any
 
-from loader.errors import BadCheckpoint, OverBudget
+from loader.errors import BadCheckpoint, OutOfMemory, OverBudget
 from loader.plan import Plan
 from service.backend import Backend, Progress
 from service.load_bar import shown
@@ -35,21 +36,31 @@ def start_backend(settings: Settings, plan: Plan, progress: Progress) -> Backend
 
     Raises LoaderError for what cannot be served, LoadCancelled when the service is to stop.
     """
+    import torch
+
     opened = ExitStack()
     try:
         return _open(settings, plan, progress, opened)
+    except (MemoryError, torch.OutOfMemoryError) as err:
+        opened.close()
+        raise OutOfMemory(progress.state.phase, plan.devices[0].peak_bytes, str(err)) from err
     except BaseException:
         opened.close()
         raise
 
 
 def _open(settings: Settings, plan: Plan, progress: Progress, opened: ExitStack) -> Backend:
+    from loader import hub
     from loader.load import load
     from service.engine.engine import StepEngine
     from service.engine.runner import Runner
 
+    if plan.spec.path is None:
+        progress.enter("downloading the model")
+        folder = hub.download(plan.spec.source, plan.spec.revision)
+        plan = replace(plan, spec=replace(plan.spec, path=folder))
     progress.enter("reading the tokenizer")
-    tokenizer = _tokenizer(plan, settings.revision)
+    tokenizer = _tokenizer(plan)
     template = ChatTemplate(tokenizer, plan.spec.source, settings.chat_template)
     progress.enter("reading weights")
     with shown(progress) as report:
@@ -90,12 +101,11 @@ def check_against_plan(plan: Plan, measured: Mapping[str, int]) -> None:
             raise OverBudget(device.device, peak, device.budget_bytes, hint)
 
 
-def _tokenizer(plan: Plan, revision: str | None) -> Any:
+def _tokenizer(plan: Plan) -> Any:
     from transformers import AutoTokenizer
 
-    place = str(plan.spec.path or plan.spec.source)
     try:
-        return AutoTokenizer.from_pretrained(place, revision=revision, trust_remote_code=False)
+        return AutoTokenizer.from_pretrained(str(plan.spec.path), trust_remote_code=False)
     except (OSError, ValueError, ImportError) as err:
         raise NoTokenizer(plan.spec.source, str(err).strip().splitlines()[0]) from err
 

@@ -15,7 +15,6 @@ import traceback
 from argparse import RawDescriptionHelpFormatter
 from collections.abc import Sequence
 from dataclasses import dataclass
-from importlib.metadata import PackageNotFoundError, version
 
 from loader.errors import LoaderError
 from service.usage import Parser, UsageError, nearest
@@ -82,15 +81,7 @@ def _top_parser() -> Parser:
         epilog=f"commands:\n{commands}\n\n'snugfit COMMAND --help' lists the options of a command.",
         formatter_class=RawDescriptionHelpFormatter,
     )
-    parser.add_argument("--version", action="version", version=f"snugfit {_version()}")
     return parser
-
-
-def _version() -> str:
-    try:
-        return version("snugfit")
-    except PackageNotFoundError:
-        return "(not installed: run from its source folder)"
 
 
 def _refuse(err: LoaderError | UsageError) -> int:

@@ -28,8 +28,8 @@ def run(argv: Sequence[str]) -> int:
     """Exit code 0 when the model fits, 43 when it does not."""
     parsed = _parser().parse(argv)
     flags = typed_flags(parsed)
-    if parsed.gpu is not None and (rivals := [name for name in ALTERNATIVES if name in flags]):
-        raise UsageError([f"--gpu and --{rivals[0].replace('_', '-')}: give one of them"])
+    if parsed.gpu is not None and "max_memory" in flags:
+        raise UsageError(["--gpu and --max-memory: give one of them"])
     hidden = frozenset(ALTERNATIVES) if parsed.gpu is not None else frozenset()
     settings = load_settings(flags, parsed.config, hidden=hidden)
     logs.to_stderr(settings.log_level)

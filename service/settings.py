@@ -144,7 +144,7 @@ class Settings(BaseSettings):
         "Web origin whose pages may call the API; * is any. For more: repeat the flag or use commas.",
     )
     max_body_bytes: Annotated[ByteSize, Field(ge=1024)] = _http(
-        4_000_000, "SIZE", "a size of 1KiB or more (4MB)",
+        1_000_000, "SIZE", "a size of 1KiB or more (1MB)",
         "Largest request body that is read; a larger one is answered with 413.",
     )
     max_queue: Annotated[int, Field(ge=0)] = _http(

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import difflib
 from collections.abc import Iterable, Sequence
+from importlib import metadata
 from typing import Any, NoReturn
 
 from loader.errors import EXIT_USAGE
@@ -31,6 +32,7 @@ class Parser(argparse.ArgumentParser):
 
     def __init__(self, **options: Any) -> None:
         super().__init__(**{"allow_abbrev": False, "formatter_class": _Help, **options})
+        self.add_argument("--version", action="version", version=f"snugfit {version()}")
 
     def parse(self, argv: Sequence[str]) -> argparse.Namespace:
         known, rest = self.parse_known_args(argv)
@@ -41,6 +43,13 @@ class Parser(argparse.ArgumentParser):
 
     def error(self, message: str) -> NoReturn:
         raise UsageError([message])
+
+
+def version() -> str:
+    try:
+        return metadata.version("snugfit")
+    except metadata.PackageNotFoundError:
+        return "(not installed: run from its source folder)"
 
 
 class _Help(argparse.HelpFormatter):

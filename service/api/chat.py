@@ -19,6 +19,8 @@ from service.backend import Backend
 from service.engine import types as engine
 from service.lifecycle import Service
 
+LARGE_BODY_BYTES = 64_000
+
 router = APIRouter()
 
 
@@ -45,7 +47,7 @@ class Job:
 async def create(http: Request) -> Response:
     service: Service = http.app.state.service
     backend = service.backend()
-    request = params.parse(await http.body())
+    request = await _read(http)
     if request.model != service.name:
         raise errors.UnknownModel(request.model, service.name)
     job = await _submit(request, backend, service.name)
@@ -56,10 +58,21 @@ async def create(http: Request) -> Response:
     return Response(completion.model_dump_json(), headers=headers, media_type="application/json")
 
 
+async def _read(http: Request) -> schemas.ChatCompletionRequest:
+    """The parsed body. A large one is parsed on a thread, because it would hold up every stream."""
+    content_type = http.headers.get("content-type", "")
+    if content_type and content_type.partition(";")[0].strip().lower() != "application/json":
+        raise errors.NotJson(content_type)
+    raw = await http.body()
+    return await asyncio.to_thread(params.parse, raw) if len(raw) > LARGE_BODY_BYTES else params.parse(raw)
+
+
 async def _submit(request: schemas.ChatCompletionRequest, backend: Backend, model: str) -> Job:
     """Messages to ids, on a thread because a long prompt would hold up every other stream; then the engine's
     generator, which queues the request on its first step."""
     turns = messages.plain(request.messages)
+    if (least_tokens := backend.template.least_tokens(turns)) >= backend.context:
+        raise engine.RequestTooLong(least_tokens, backend.context)
     prompt_ids = await asyncio.to_thread(backend.template.encode, turns)
     sampling = params.sampling(request, backend.defaults, len(prompt_ids), backend.context)
     id_ = f"chatcmpl-{uuid4().hex}"

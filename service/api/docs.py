@@ -11,6 +11,7 @@ _REFUSALS = {
     401: "Missing or wrong API key.",
     404: "No such model.",
     413: "The body is too large.",
+    415: "The body is not application/json.",
     429: "The queue is full; see Retry-After.",
     503: "Loading, draining, or the engine is dead; see Retry-After.",
 }

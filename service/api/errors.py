@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 from http import HTTPStatus
 
 from starlette.exceptions import HTTPException
+from starlette.requests import ClientDisconnect
 from starlette.responses import Response
 
 from service.api.schemas import ErrorBody, ErrorDetail
@@ -50,6 +51,17 @@ class Unsupported(ApiError):
     def __init__(self, param: str, instead: str) -> None:
         super().__init__(
             f"{param} is not supported yet: {instead}.", code="unsupported_parameter", param=param
+        )
+
+
+class NotJson(ApiError):
+    """A form or plain text, as any web page may send it anywhere without the browser's asking first."""
+
+    def __init__(self, content_type: str) -> None:
+        super().__init__(
+            f"The Content-Type is {content_type!r}; send application/json.",
+            code="unsupported_media_type",
+            status=415,
         )
 
 
@@ -137,7 +149,7 @@ def _template(err: TemplateRefused) -> Answer:
     return Answer(400, INVALID, message, "invalid_messages", "messages")
 
 
-def _gone(_err: ClientGone) -> Answer:
+def _gone(_err: Exception) -> Answer:
     """499 is nginx's own status; it stands in our log, since nobody receives it."""
     return Answer(499, INVALID, "the client closed the connection", "client_closed_request")
 
@@ -160,6 +172,7 @@ TABLE: dict[type[BaseException], Callable[..., Answer]] = {
     EngineDead: _dead,
     StepFailed: _step_failed,
     ClientGone: _gone,
+    ClientDisconnect: _gone,  # while its body was read
     BaseException: _unexpected,
 }
 

@@ -19,6 +19,7 @@ from service.engine.types import RequestTooLong, SamplingParams
 from service.prompt.defaults import GenerationDefaults
 
 IGNORED_HEADER = "x-snugfit-ignored"
+GREEDY_BELOW = 1e-5  # a smaller temperature is 0 in float32 divisions; vLLM draws the line here, too
 IGNORED_LIMIT = 1000  # characters: a header that proxies still pass
 
 
@@ -61,7 +62,7 @@ NO_OPS: dict[str, NoOp] = {
     "parallel_tool_calls": _only(True, False),  # there are no tools to call
     "prediction": _never,
     "presence_penalty": _only(0),
-    "reasoning_effort": _never,
+    "reasoning_effort": _only("none"),
     "response_format": NoOp(
         lambda given: given == {"type": "text"}, 'send {"type": "text"}, or leave it out'
     ),
@@ -117,10 +118,11 @@ def sampling(
     asked = request.max_completion_tokens or request.max_tokens or left
     top_p = _or(request.top_p, defaults.top_p)
     temperature = _or(request.temperature, defaults.temperature)
+    nucleus = top_p > 0  # or else: of nothing but the likeliest token, which is greedy
     return SamplingParams(
         max_tokens=min(asked, left),
-        temperature=temperature if top_p > 0 else 0.0,  # a nucleus of nothing but the likeliest token: greedy
-        top_p=top_p if top_p > 0 else 1.0,
+        temperature=temperature if nucleus and temperature >= GREEDY_BELOW else 0.0,
+        top_p=top_p if nucleus else 1.0,
         top_k=defaults.top_k,
         repetition_penalty=defaults.repetition_penalty,
         stop=tuple(request.stop or ()),

@@ -13,6 +13,8 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
 
 INT64 = 2**63
 MAX_STOPS = 4
+# Far more than any context holds; and one wrong entry is told, not a million of them.
+MAX_MESSAGES, MAX_PARTS = 4096, 1024
 
 
 class _Request(BaseModel):
@@ -26,9 +28,12 @@ class ContentPart(_Request):
     text: str | None = None
 
 
+Parts = Annotated[list[ContentPart], Field(min_length=1, max_length=MAX_PARTS, fail_fast=True)]
+
+
 class ChatMessage(_Request):
     role: str
-    content: str | Annotated[list[ContentPart], Field(min_length=1)] | None = None
+    content: str | Parts | None = None
 
 
 class StreamOptions(_Request):
@@ -49,7 +54,7 @@ class ChatCompletionRequest(_Request):
     """What is honoured. Everything else lands in `model_extra`, for `service.api.params` to judge."""
 
     model: str
-    messages: Annotated[list[ChatMessage], Field(min_length=1)]
+    messages: Annotated[list[ChatMessage], Field(min_length=1, max_length=MAX_MESSAGES, fail_fast=True)]
     temperature: Annotated[float, Field(ge=0, le=2)] | None = None
     top_p: Annotated[float, Field(ge=0, le=1)] | None = None
     max_tokens: Annotated[int, Field(ge=1)] | None = None

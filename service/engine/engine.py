@@ -28,6 +28,8 @@ from service.engine.types import (
     TokenEvent,
 )
 
+CLOSE_SECONDS = 20
+
 log = logging.getLogger(__name__)
 
 
@@ -87,9 +89,11 @@ class StepEngine:
         return self._meter.snapshot()
 
     def close(self) -> None:
-        """Waits for the step that is being computed."""
+        """Waits for the step that is being computed, but not for ever: a device may hang."""
         self._inbox.put(None)
-        self._thread.join()
+        self._thread.join(CLOSE_SECONDS)
+        if self._thread.is_alive():
+            log.error("the step being computed did not end in %d s: leaving it behind", CLOSE_SECONDS)
 
     def _submit(self, request: Request) -> Sequence:
         prompt_tokens, context = len(request.prompt_ids), self._runner.context

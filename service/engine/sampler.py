@@ -98,7 +98,7 @@ class Sampler:
         point = torch.rand((), generator=self._random, dtype=torch.float64).to(total) * total
         # Rounding must not push the point beyond the last one that adds something.
         point = torch.minimum(point, torch.nextafter(total, torch.zeros_like(total)))
-        return int(torch.searchsorted(sums, point, right=True))
+        return min(int(torch.searchsorted(sums, point, right=True)), len(sums) - 1)
 
 
 def _nucleus(sums: torch.Tensor, wanted: float) -> torch.Tensor:

@@ -46,6 +46,7 @@ class ChatTemplate:
             override.read_text(encoding="utf-8-sig") if override else _own_template(tokenizer, source)
         )
         self._knows_developer = "developer" in self._text
+        self._longest_token = max(map(len, tokenizer.get_vocab()))  # characters; of byte-level BPE, bytes
         try:
             # The first call also resets any truncation in tokenizer.json, so that later calls change nothing.
             self._render([{"role": "user", "content": _PROBE}])
@@ -66,6 +67,10 @@ class ChatTemplate:
             if reordered == named:
                 raise
         return self._render(reordered)
+
+    def least_tokens(self, messages: Sequence[Message]) -> int:
+        """As many tokens as the messages would take if each were the longest of the vocabulary."""
+        return sum(len(message["content"]) for message in messages) // self._longest_token
 
     def end_ids(self) -> frozenset[int]:
         """The special token that the template writes after an answer: <|im_end|>, <|eot_id|> …"""

@@ -468,3 +468,18 @@ def test_of_a_model_with_several_parts_the_text_counts():
     }
     assert from_config(parts).shape.hidden == 32
     assert from_config(parts).kv_bytes_per_token == 4 * 2 * 2 * 16 * 2
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [
+        ("rope_scaling", "linear"), ("rope_parameters", [1]), ("layer_types", 5), ("head_dim", "64"),
+        ("text_config", [1]), ("partial_rotary_factor", "a"), ("num_hidden_layers", 100_000_000),
+        ("tie_word_embeddings", "false"), ("hidden_size", "16"),
+    ],
+)  # fmt: skip
+def test_a_value_of_the_wrong_kind_is_refused(fake_checkpoint, configs, tmp_path, key, value):
+    folder = fake_checkpoint(tmp_path, configs["tiny"])
+    (folder / "config.json").write_text(json.dumps({**configs["tiny"], key: value}))
+    with pytest.raises(UnsupportedModel, match=r"config\.json"):
+        measure(read(folder))

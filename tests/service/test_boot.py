@@ -1,7 +1,11 @@
 import pytest
+import torch
 
-from loader.errors import OverBudget
+from loader.errors import OutOfMemory, OverBudget
+from service import boot
+from service.backend import Progress
 from service.boot import check_against_plan
+from service.settings import Settings
 
 
 def test_planned_and_measured_are_logged_side_by_side(plan, service_log):
@@ -13,6 +17,23 @@ def test_nothing_is_served_when_the_measured_peak_is_over_the_budget(plan):
     with pytest.raises(OverBudget, match="measured 1,001 bytes against a budget of 1,000") as refused:
         check_against_plan(plan, {"cpu": 1001})
     assert refused.value.exit_code == 43
+
+
+@pytest.mark.parametrize("error", [MemoryError("arena"), torch.OutOfMemoryError("CUDA out of memory")])
+def test_running_out_of_memory_is_told_with_what_was_planned(plan, monkeypatch, error):
+    def fail(_settings, _plan, progress, opened):
+        opened.callback(closed.append, True)
+        progress.enter("reading weights")
+        raise error
+
+    closed = []
+    monkeypatch.setattr(boot, "_open", fail)
+    with pytest.raises(
+        OutOfMemory, match="while reading weights; the plan counted on a peak of 760"
+    ) as refused:
+        boot.start_backend(Settings(), plan, Progress())
+    assert refused.value.exit_code == 43
+    assert closed == [True]
 
 
 def test_a_device_that_was_not_measured_is_not_compared(plan, service_log):

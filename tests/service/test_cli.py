@@ -95,6 +95,7 @@ QUICK = {
     "help": (0, ["--help"]),
     "no command": (0, []),
     "version": (0, ["--version"]),
+    "version of serve": (0, ["serve", "--version"]),
     "help of plan": (0, ["plan", "--help"]),
     "help of serve": (0, ["serve", "--help"]),
     "help of chat": (0, ["chat", "--help"]),
@@ -185,8 +186,10 @@ def test_a_traceback_is_only_shown_at_log_level_debug(model):
 
 
 def test_a_card_and_a_budget_contradict_each_other_but_the_environment_gives_way(model):
-    done = snugfit("plan", model, "--gpu", "16GiB", "--budget", "1GB")
-    assert (done.returncode, "--gpu and --budget" in done.stderr) == (2, True)
+    done = snugfit("plan", model, "--gpu", "16GiB", "--max-memory", "0=1GB")
+    assert (done.returncode, "--gpu and --max-memory" in done.stderr) == (2, True)
+    done = snugfit("plan", model, "--gpu", "16GiB", "--budget", "2GB", "--json")
+    assert [d["budget_bytes"] for d in json.loads(done.stdout)["devices"]] == [2 * 10**9]
     done = snugfit("plan", model, "--gpu", "16GiB", "--json", SNUGFIT_BUDGET="1MB")
     assert done.returncode == 0, done.stderr
 

@@ -162,6 +162,40 @@ def test_an_unknown_model_is_404_and_a_missing_one_400(live):
     assert live.post(model=None).json()["error"]["param"] == "model"
 
 
+def test_what_a_web_page_can_send_unasked_is_refused(live):
+    """A browser asks before it sends JSON to another origin; forms and plain text it just sends."""
+    for content_type in (
+        "text/plain",
+        "application/x-www-form-urlencoded",
+        "multipart/form-data; boundary=x",
+    ):
+        response = live.post({"content-type": content_type})
+        assert response.status_code == 415
+        assert response.json()["error"]["code"] == "unsupported_media_type"
+    assert live.engine.requests == []
+    assert live.post({"content-type": "application/json; charset=utf-8"}).status_code == 200
+
+
+@pytest.mark.parametrize(
+    ("messages", "param"),
+    [
+        ([{}] * 200_000, "messages.0.role"),
+        ([{"role": "user", "content": [1] * 200_000}], "messages.0.content.0"),
+    ],
+    ids=["messages", "parts"],
+)
+def test_of_many_wrong_entries_the_first_is_told(live, messages, param):
+    response = live.post(messages=messages)
+    assert response.status_code == 400
+    assert response.json()["error"]["param"] == param
+
+
+def test_a_text_that_no_tokens_could_make_fit_is_refused_without_reading_it(live):
+    response = live.post(messages=[{"role": "user", "content": "x" * 64_000}])
+    assert response.json()["error"]["code"] == "context_length_exceeded"
+    assert live.template.seen == []
+
+
 def test_a_prompt_that_is_too_long_is_refused_before_the_queue_with_both_numbers(live):
     response = live.post(messages=[{"role": "user", "content": "word " * 70}])
     error = response.json()["error"]

@@ -5,9 +5,18 @@ import json
 import openai
 import pytest
 from starlette.exceptions import HTTPException
+from starlette.requests import ClientDisconnect
 
 from service.api import errors
-from service.api.errors import ApiError, BodyTooLarge, ClientGone, InvalidApiKey, UnknownModel, Unsupported
+from service.api.errors import (
+    ApiError,
+    BodyTooLarge,
+    ClientGone,
+    InvalidApiKey,
+    NotJson,
+    UnknownModel,
+    Unsupported,
+)
 from service.engine.types import (
     DeviceLost,
     EngineDead,
@@ -29,6 +38,7 @@ ROWS = [
     (UnknownModel("a", "b"), 404, REQUEST, "model_not_found", "model", None),
     (Unsupported("n", "send 1"), 400, REQUEST, "unsupported_parameter", "n", None),
     (BodyTooLarge(1000), 413, REQUEST, "request_too_large", None, None),
+    (NotJson("text/plain"), 415, REQUEST, "unsupported_media_type", None, None),
     (InvalidApiKey(), 401, REQUEST, "invalid_api_key", None, None),
     (HTTPException(404), 404, REQUEST, "not_found", None, None),
     (HTTPException(405), 405, REQUEST, "method_not_allowed", None, None),
@@ -43,6 +53,7 @@ ROWS = [
     (EngineDead("ended"), 503, SERVER, "engine_dead", None, ("30", "30000")),
     (StepFailed("out of memory"), 500, SERVER, "generation_failed", None, None),
     (ClientGone(), 499, REQUEST, "client_closed_request", None, None),
+    (ClientDisconnect(), 499, REQUEST, "client_closed_request", None, None),
     (EngineError(SECRET), 500, SERVER, "internal_error", None, None),
     (DeviceLost(SECRET), 500, SERVER, "internal_error", None, None),
     (KeyError(SECRET), 500, SERVER, "internal_error", None, None),

@@ -218,6 +218,7 @@ def test_every_refusal_is_declared_and_is_what_it_declares(document, running, sc
         long = [{"role": "user", "content": "x" * 2000}]
         refusals = [
             live.post(), live.post(key, n=5), live.post(key, model="other"), live.post(key, messages=long),
+            live.post({**key, "content-type": "text/plain"}),
         ]  # fmt: skip
         for error in (QueueFull(1, 1, 1), EngineDead("ended")):
             live.engine.error = error

@@ -185,6 +185,8 @@ def test_the_requests_values_win_over_the_models():
 
 
 def test_a_nucleus_of_nothing_is_greedy():
+    assert sampled(temperature=1e-50).temperature == 0, "no division by what is 0 in float32"
+    assert sampled(temperature=1e-5).temperature == 1e-5
     assert (sampled(top_p=0).temperature, sampled(top_p=0).top_p) == (0.0, 1.0)
 
 

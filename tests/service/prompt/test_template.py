@@ -87,3 +87,11 @@ def test_a_broken_template_stops_the_start_and_names_its_file(tokenizer, tmp_pat
     file.write_text("{% for %}", encoding="utf-8")
     with pytest.raises(BadChatTemplate, match=r"own\.jinja"):
         ChatTemplate(tokenizer, "m", file)
+
+
+@pytest.mark.parametrize("text", ["", "hi", "word " * 50, "\U0001f600\u4f60" * 40])
+def test_the_least_that_a_text_can_take_is_never_more_than_it_takes(tokenizer, text):
+    template = ChatTemplate(tokenizer, "source")
+    messages = [{"role": "user", "content": text}]
+    assert template.least_tokens(messages) <= len(template.encode(messages))
+    assert template.least_tokens([{"role": "user", "content": "x" * 100_000}]) > 1000
