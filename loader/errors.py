@@ -42,7 +42,18 @@ class BudgetExceeded(LoaderError):
 
     exit_code = EXIT_DOES_NOT_FIT
 
-    def __init__(self, device: str, need_bytes: int, have_bytes: int, smallest_bytes: int, hint: str) -> None:
+    def __init__(
+        self,
+        device: str,
+        need_bytes: int,
+        have_bytes: int,
+        smallest_bytes: int,
+        hint: str,
+        weights_bytes: int = 0,
+        kv_bytes_per_token: int = 0,
+    ) -> None:
+        self.weights_bytes = weights_bytes
+        self.kv_bytes_per_token = kv_bytes_per_token
         self.device = device
         self.need_bytes = need_bytes
         self.have_bytes = have_bytes

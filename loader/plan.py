@@ -186,7 +186,10 @@ def _misfit(footprint: Footprint, budget: MemoryBudget, placer: Placer, request:
     have = budget.limits[main]
     need = _smallest(lambda limit: _resident(placer, request, limit) is not None, have)
     smallest = _smallest(lambda limit: _offloaded(placer, request, limit) is not None, have)
-    return BudgetExceeded(main, need, have, min(need, smallest), _hint(footprint, budget, request))
+    return BudgetExceeded(
+        main, need, have, min(need, smallest), _hint(footprint, budget, request),
+        footprint.weights_bytes, footprint.kv_bytes_per_token,
+    )  # fmt: skip
 
 
 def _smallest(fits: Callable[[int], bool], too_small: int) -> int:

@@ -71,7 +71,8 @@ def _parser() -> Parser:
 
 
 def _misfit(err: BudgetExceeded) -> dict[str, Any]:
-    numbers = {name: getattr(err, name) for name in ("need_bytes", "have_bytes", "smallest_bytes")}
+    names = ("need_bytes", "have_bytes", "smallest_bytes", "weights_bytes", "kv_bytes_per_token")
+    numbers = {name: getattr(err, name) for name in names}
     return {"fits": False, "device": err.device, **numbers, "hint": err.hint}
 
 

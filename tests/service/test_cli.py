@@ -152,6 +152,8 @@ def test_a_misfit_as_json_has_the_numbers_and_exits_with_43(model):
     assert done.returncode == 43
     assert misfit["fits"] is False
     assert misfit["have_bytes"] == 10**6 < misfit["smallest_bytes"]
+    assert misfit["weights_bytes"] > 0
+    assert misfit["kv_bytes_per_token"] == 2 * LAYERS * 2 * HIDDEN // 2
     assert misfit["need_bytes"] > 10**6
     assert misfit["device"] == "cpu"
     assert misfit["hint"]
