@@ -80,7 +80,7 @@ def test_help_says_of_every_flag_what_it_means_and_its_default(parser):
 @pytest.mark.parametrize(
     ("field", "text"),
     [("port", "8000"), ("drain_seconds", "30"), ("keep_alive_seconds", "10"), ("device", "auto"),
-     ("budget", ""), ("api_key", ""), ("max_body_bytes", "4000000")],
+     ("budget", ""), ("api_key", ""), ("max_body_bytes", "1000000")],
 )  # fmt: skip
 def test_a_default_is_written_as_a_person_would_and_accepted_as_a_value(field, text):
     assert default_text(field) == text
