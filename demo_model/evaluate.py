@@ -98,19 +98,23 @@ class Answerer:
         messages: list[Message] = []
         if question.system is not None:
             messages.append({"role": "system", "content": question.system})
-        ids: list[int] = []
+        faults = []
         for message in question.say:
             messages.append({"role": "user", "content": message})
             ids = self.answer(messages)
             messages.append({"role": "assistant", "content": self.text(ids)})
+            faults.append(self._form(ids, messages[-1]["content"]))
         answer = messages[-1]["content"]
-        return Verdict(question, answer, self._fault(question, ids, answer))
+        fault = next(filter(None, faults), "") or self._content(question, answer)
+        return Verdict(question, answer, fault)
 
-    def _fault(self, question: Question, ids: Sequence[int], answer: str) -> str:
+    def _form(self, ids: Sequence[int], answer: str) -> str:
+        """What no answer may be, whatever was asked."""
         if len(ids) >= MAX_NEW_TOKENS:
             return "loop"
-        if "�" in answer:
-            return "broken UTF-8"
+        return "broken UTF-8" if "�" in answer else ""
+
+    def _content(self, question: Question, answer: str) -> str:
         missing = [wanted for wanted in question.must if not holds(answer, wanted)]
         return f"lacks {missing[0]}" if missing else ""
 
@@ -118,7 +122,7 @@ class Answerer:
 def holds(answer: str, wanted: str) -> bool:
     """Whether one of `a|b` stands in the answer, in any case; a number is not found inside a longer one."""
     options = (re.escape(option) for option in wanted.split("|"))
-    return re.search(rf"(?:{'|'.join(options)})(?!\d)", answer, re.IGNORECASE) is not None
+    return re.search(rf"(?<!\d)(?:{'|'.join(options)})(?!\d)", answer, re.IGNORECASE) is not None
 
 
 def evaluate(folder: Path, questions: Sequence[Question]) -> dict[str, Any]:

@@ -1,7 +1,7 @@
 """The safetensors header: which tensors a file holds, and where. No tensor is read.
 
 Format: 8 bytes of length (little-endian), that many bytes of JSON, then the data of all tensors without a gap
-(https://huggingface.co/docs/safetensors/index#format). Dtypes are those of safetensors 0.8.
+(safetensors' own documentation, "Format"). Dtypes are those of safetensors 0.8.
 """
 
 from __future__ import annotations

@@ -39,7 +39,7 @@ class LoadedModel:
         return self._meter.baseline_bytes
 
     def measured_peak_bytes(self) -> dict[str, int]:
-        """The most that each computing device has held for this model so far, in bytes."""
+        """The most that each device of the plan but the disk has held for this model so far, in bytes."""
         return self._meter.peak_bytes()
 
     def close(self) -> None:

@@ -36,8 +36,8 @@ class Meter:
     """Start it when everything but the model is in memory; it counts from there."""
 
     def __init__(self, plan: Plan) -> None:
-        self._compute = plan.budget.compute
-        gpus = [device for device in self._compute if device != "cpu"]
+        self._devices = [device.device for device in plan.devices if device.device != "disk"]
+        gpus = [device for device in self._devices if device != "cpu"]
         before = probe.machine()
         self._context_bytes = {gpu: _cap(gpu, plan.budget.limits[gpu], before) for gpu in gpus}
         gc.collect()
@@ -46,8 +46,12 @@ class Meter:
         self.baseline_bytes = probe.resident_bytes() if started else probe.peak_resident_bytes()
 
     def peak_bytes(self) -> dict[str, int]:
-        """The most so far, by device: memory above the start on a CPU, context and allocator on a GPU."""
-        return {device: self._peak(device) for device in self._compute}
+        """The most so far, by device of the plan but the disk.
+
+        RAM: resident memory above the start; beside a GPU also what CUDA's libraries take on the host. A GPU:
+        context and allocator.
+        """
+        return {device: self._peak(device) for device in self._devices}
 
     def _peak(self, device: str) -> int:
         if device == "cpu":

@@ -6,9 +6,10 @@ When the budget is short, things are given up in this order, and none that the u
 2. the context, when none was asked for: from 8192 tokens down to 2048, in steps of 256;
 3. the prefill chunk again, down to 64;
 4. resident weights: MLP matrices from the last layer to the first, then attention projections, then an untied
-   lm_head, at the very last an untied embedding. As few bytes as possible: when little has to go, smaller
-   modules alone may do, because they need less staging. Chunks are 256 tokens again where they go in, for
-   each chunk reads all offloaded weights once. Norms, buffers and tied embeddings always stay.
+   lm_head, at the very last an untied embedding. When little has to go, smaller modules alone may do, because
+   they need less staging; where a large one has to go at the end, some that went before it could have stayed.
+   Chunks are 256 tokens again where they go in, for each chunk reads all offloaded weights once. Norms,
+   buffers and tied embeddings always stay.
 
 Weights come last because moving a tenth of them off the device about doubles the time of every token, while
 the others cost nothing until somebody needs them. Concurrency is 1 unless asked for, so there is none to give

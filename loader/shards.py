@@ -1,8 +1,7 @@
 """Reads tensors out of safetensors files straight into memory that is already there.
 
 Nothing is mapped: mapped pages count as resident memory, leave it when the kernel wishes, and come back as
-page faults in the middle of a forward. Format: https://huggingface.co/docs/safetensors (8-byte length, JSON
-header, data).
+page faults in the middle of a forward. The format is in loader/headers.py.
 """
 
 from __future__ import annotations

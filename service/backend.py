@@ -36,7 +36,7 @@ class ModelMemory(Protocol):
         ...
 
     def measured_peak_bytes(self) -> Mapping[str, int]:
-        """The most that each computing device has held for the model so far. Asked at every scrape."""
+        """The most that each device but the disk has held for the model so far. Asked at every scrape."""
         ...
 
 

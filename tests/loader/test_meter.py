@@ -1,0 +1,102 @@
+"""loader/meter.py on GPUs that are not here: torch.cuda's answers are scripted, the arithmetic is real."""
+
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+from loader import probe
+from loader.budget import MemoryBudget
+from loader.checkpoint import ModelSpec
+from loader.meter import Meter
+from loader.placement import CUDA_CONTEXT_BYTES
+from loader.plan import DevicePlan, Plan
+from loader.probe import Gpu, Machine
+
+GB = 10**9
+MB = 10**6
+TOTAL = 16 * GB
+UUIDS = {"cuda:0": "aaaa", "cuda:1": "bbbb"}
+
+
+def plan_for(devices, budget):
+    return Plan(
+        spec=ModelSpec("m", None, {}, ()), budget=budget, family="f", exact=True, dtype="bfloat16",
+        weights_bytes=1, resident_bytes=1, offloaded_bytes=0, kv_bytes_per_token=1, kv_tokens=1, context=1,
+        concurrency=1, chunk_tokens=1, device_map={"": 0}, max_memory={},
+        devices=tuple(DevicePlan(name, 8 * GB, 1, 0, 0, 0, 0, 0) for name in devices),
+    )  # fmt: skip
+
+
+@pytest.fixture
+def cards(monkeypatch):
+    """Two cards of 16 GB; each context takes 500 MB, and the allocator holds 2 MB after the first product."""
+    fractions = {}
+    cuda = SimpleNamespace(free={"cuda:0": 15 * GB, "cuda:1": 12 * GB}, reserved=2 * MB, fractions=fractions)
+    real = torch.ones
+    monkeypatch.setattr(torch, "ones", lambda *shape, dtype, device: real(*shape, dtype=dtype))
+    monkeypatch.setattr(
+        torch.cuda, "mem_get_info", lambda device: (cuda.free[device] - 500 * MB - cuda.reserved, TOTAL)
+    )
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda d: SimpleNamespace(uuid=UUIDS[d]))
+    monkeypatch.setattr(torch.cuda, "memory_reserved", lambda _device: cuda.reserved)
+    monkeypatch.setattr(torch.cuda, "max_memory_reserved", lambda _device: 7 * GB)
+    monkeypatch.setattr(
+        torch.cuda, "set_per_process_memory_fraction", lambda share, device: fractions.update({device: share})
+    )
+    return cuda
+
+
+def nvml(monkeypatch, *order):
+    """What NVML saw before any context: the cards in its own order."""
+    free = {"cuda:0": 15 * GB, "cuda:1": 12 * GB}
+    gpus = tuple(
+        Gpu(f"cuda:{number}", "card", f"GPU-{UUIDS[name]}", TOTAL, free[name])
+        for number, name in enumerate(order)
+    )
+    monkeypatch.setattr(probe, "machine", lambda: Machine(32 * GB, 30 * GB, gpus))
+
+
+def budget(*devices, **more):
+    return MemoryBudget(devices, dict.fromkeys(devices, 8 * GB) | more)
+
+
+def test_the_allocator_is_capped_at_the_budget_less_the_measured_context(cards, monkeypatch):
+    nvml(monkeypatch, "cuda:0")
+    meter = Meter(plan_for(["cuda:0"], budget("cuda:0")))
+    assert cards.fractions["cuda:0"] * TOTAL == pytest.approx(8 * GB - 500 * MB)
+    assert meter.peak_bytes() == {"cuda:0": 500 * MB + 7 * GB}
+
+
+def test_cards_that_nvml_numbers_otherwise_are_not_mixed_up(cards, monkeypatch):
+    nvml(monkeypatch, "cuda:1", "cuda:0")
+    Meter(plan_for(["cuda:0", "cuda:1"], budget("cuda:0", "cuda:1")))
+    for device in ("cuda:0", "cuda:1"):
+        assert cards.fractions[device] * TOTAL == pytest.approx(8 * GB - 500 * MB)
+
+
+def test_without_nvml_the_context_counts_as_much_as_was_planned_for_it(cards, monkeypatch):
+    nvml(monkeypatch)
+    Meter(plan_for(["cuda:0"], budget("cuda:0")))
+    assert cards.fractions["cuda:0"] * TOTAL == pytest.approx(8 * GB - CUDA_CONTEXT_BYTES)
+
+
+def test_a_budget_smaller_than_the_context_leaves_nothing_and_no_negative_share(cards, monkeypatch):
+    nvml(monkeypatch, "cuda:0")
+    Meter(plan_for(["cuda:0"], MemoryBudget(("cuda:0",), {"cuda:0": 100 * MB})))
+    assert cards.fractions["cuda:0"] == 0
+
+
+def test_ram_beside_a_gpu_is_measured_too_and_the_disk_is_not(cards, monkeypatch):
+    nvml(monkeypatch, "cuda:0")
+    meter = Meter(plan_for(["cuda:0", "cpu", "disk"], budget("cuda:0", cpu=8 * GB)))
+    held = bytearray(64 * MB)
+    assert meter.peak_bytes().keys() == {"cuda:0", "cpu"}
+    assert meter.peak_bytes()["cpu"] >= len(held)
+
+
+def test_where_the_peak_cannot_be_started_again_only_what_is_above_it_counts(monkeypatch):
+    monkeypatch.setattr(probe, "reset_peak", lambda: False)
+    meter = Meter(plan_for(["cpu"], MemoryBudget(("cpu",), {"cpu": GB})))
+    assert meter.baseline_bytes == pytest.approx(probe.peak_resident_bytes(), rel=0.05)
+    assert meter.peak_bytes()["cpu"] < 100 * MB
