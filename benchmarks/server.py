@@ -16,6 +16,8 @@ import httpx
 import psutil
 from prometheus_client.parser import text_string_to_metric_families
 
+from service.openai_client import ChatApi
+
 START_SECONDS = 900
 SAMPLE_SECONDS = 0.01
 _URL = re.compile(r"(\S+) will answer at (http://\S+)/v1")
@@ -74,10 +76,12 @@ class Server:
 
     def _wait_until_ready(self) -> None:
         deadline = time.monotonic() + START_SECONDS
-        while self.client.get("/ready").status_code != httpx.codes.OK:
-            if self._process.poll() is not None or time.monotonic() > deadline:
-                raise SystemExit("the server did not become ready")
-            time.sleep(0.05)
+        with ChatApi(self.url) as api:
+            while not api.readiness()[0]:
+                if self._process.poll() is not None or time.monotonic() > deadline:
+                    self._process.kill()
+                    raise SystemExit("the server did not become ready")
+                time.sleep(0.05)
 
 
 class ResidentPeak:

@@ -11,12 +11,17 @@ import re
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from loader.errors import HubError
 from loader.files import Folder, ModelFiles
 from loader.headers import LENGTH_BYTES, TensorInfo, header_length, parse_header
 from loader.hub_errors import explained, http_error, is_busy, is_unreachable
+
+if TYPE_CHECKING:
+    from loader.checkpoint import ModelSpec
 
 # What loading a model reads: nothing that is a pickle, Mistral's second copy of the weights, or in a folder.
 WANTED = ("*.safetensors", "*.json", "*.jinja", "*.txt", "*.model", "*.tiktoken")
@@ -71,6 +76,11 @@ def download(source: str, commit: str | None = None) -> Path:
             repo, revision=revision, allow_patterns=[*WANTED], ignore_patterns=[*UNWANTED]
         )
     return Path(folder)
+
+
+def fetched(spec: ModelSpec) -> ModelSpec:
+    """The same model with its weights on this machine: downloaded at its commit, unless they are here."""
+    return spec if spec.path else replace(spec, path=download(spec.source, spec.revision))
 
 
 class HubFiles:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import gc
 from collections.abc import Callable, Mapping
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from loader import hub, probe
@@ -58,13 +57,15 @@ def load(plan: Plan, progress: Progress | None = None) -> LoadedModel:
     """
     _check_devices(plan)
     _check_room(plan, probe.machine())
-    folder = plan.spec.path or hub.download(plan.spec.source, plan.spec.revision)
+    folder = hub.fetched(plan.spec).path
+    assert folder is not None
     if "cpu" in plan.budget.compute:
         give_back_what_is_freed()
     model, dtypes = _build(plan)
     meter = Meter(plan)
-    weights = CheckpointWeights(plan.spec, Path(folder), model, dtypes)
+    weights = CheckpointWeights(plan.spec, folder, model, dtypes)
     try:
+        weights.refuse_different_copies()
         host = _fill(model, plan, weights, dtypes, progress or _silent)
         _dispatch(model, plan, _Offloaded(host, weights))
     except BaseException:

@@ -7,8 +7,6 @@ page faults in the middle of a forward. The format is in loader/headers.py.
 from __future__ import annotations
 
 import io
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -99,15 +97,6 @@ class ShardReader:
     def close(self) -> None:
         while self._files:
             self._files.popitem()[1].close()
-
-
-@contextmanager
-def closing_on_error(reader: ShardReader) -> Iterator[None]:
-    try:
-        yield
-    except BaseException:
-        reader.close()
-        raise
 
 
 def _bytes_of(tensor: torch.Tensor) -> memoryview:

@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 
 from loader.checkpoint import ModelSpec, TensorInfo
 from loader.errors import TensorMismatch, TiedWeightsDiffer
-from loader.shards import ShardReader, closing_on_error, torch_dtype
+from loader.shards import ShardReader, torch_dtype
 
 if TYPE_CHECKING:
     import torch
@@ -53,15 +53,14 @@ class CheckpointWeights(Mapping[str, "torch.Tensor"]):
         self._dtypes = dtypes
         self._shapes = {name: tensor.shape for name, tensor in model.state_dict().items()}
         self._sources = find_sources(spec, model, self._shapes)
-        with closing_on_error(self._reader):
-            self._refuse_different_copies(spec)
+        self._source = spec.source
 
-    def _refuse_different_copies(self, spec: ModelSpec) -> None:
-        """One of two matrices that differ would be lost: config.json is wrong about their being one."""
+    def refuse_different_copies(self) -> None:
+        """Raise TiedWeightsDiffer: one of two matrices would be lost, since config.json says they are one."""
         for source in self._sources.values():
             first = next(source.tensors())
             if source.copy is not None and not self._reader.same(first, source.copy):
-                raise TiedWeightsDiffer(spec.source, first.name, source.copy.name)
+                raise TiedWeightsDiffer(self._source, first.name, source.copy.name)
 
     def __getitem__(self, name: str) -> torch.Tensor:
         import torch

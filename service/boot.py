@@ -57,8 +57,7 @@ def _open(settings: Settings, plan: Plan, progress: Progress, opened: ExitStack)
 
     if plan.spec.path is None:
         progress.enter("downloading the model")
-        folder = hub.download(plan.spec.source, plan.spec.revision)
-        plan = replace(plan, spec=replace(plan.spec, path=folder))
+        plan = replace(plan, spec=hub.fetched(plan.spec))
     progress.enter("reading the tokenizer")
     tokenizer = _tokenizer(plan)
     template = ChatTemplate(tokenizer, plan.spec.source, settings.chat_template)

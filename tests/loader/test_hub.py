@@ -38,6 +38,7 @@ except LoaderError as err:
 result["torch"] = "torch" in sys.modules
 print(json.dumps(result))
 """
+FETCH = "result['folder'] = str(hub.fetched(hub.fetched(spec)).path)"
 DOWNLOAD = "result['folder'] = str(hub.download(spec.source, spec.revision))"
 
 
@@ -329,6 +330,10 @@ def test_a_revision_is_asked_for_and_pinned_to_its_commit(ask, tiny, fake_hub, s
     assert found["revision"] == COMMIT
     assert Path(found["folder"]).name == COMMIT
     assert fake_hub.sent("/api/models/owner/tiny/revision/v1")
+
+
+def test_a_plan_of_a_revision_is_carried_out_in_the_folder_of_its_commit(ask, tiny):
+    assert Path(ask("owner/tiny@v1", then=FETCH)["folder"]).name == COMMIT
 
 
 @pytest.mark.parametrize(
