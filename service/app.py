@@ -12,6 +12,7 @@ from starlette.middleware.cors import CORSMiddleware
 from starlette.responses import Response
 
 from loader.plan import Plan
+from loader.usage import version
 from service.api import chat, health, models
 from service.api.auth import ApiKeys
 from service.api.errors import answer
@@ -21,7 +22,6 @@ from service.lifecycle import Service, Start
 from service.metrics import Metrics
 from service.planning import served_name
 from service.settings import Settings
-from service.usage import version
 
 EXPOSED_HEADERS = (REQUEST_ID, IGNORED_HEADER, "retry-after", "retry-after-ms")
 

@@ -13,12 +13,12 @@ import sys
 from collections.abc import Iterator, Sequence
 from typing import Any
 
+from loader.usage import Parser, UsageError
 from service.chat_server import OwnServer
 from service.chat_session import Chat
 from service.flags import add_flags, typed_flags
 from service.openai_client import ChatApi, ServerError
 from service.sources import load_settings
-from service.usage import Parser, UsageError
 
 DEFAULT_URL = "http://127.0.0.1:8000"
 

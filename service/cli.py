@@ -17,7 +17,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from loader.errors import LoaderError
-from service.usage import Parser, UsageError, nearest
+from loader.usage import Parser, UsageError, nearest
 
 EXIT_BROKEN_PIPE = 1  # as rich has it
 EXIT_INTERRUPTED = 130  # what a shell reports for a command that Ctrl-C ended

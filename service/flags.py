@@ -7,9 +7,9 @@ from collections.abc import Collection
 from pathlib import Path
 from typing import Any
 
+from loader.usage import Parser
 from service.settings import Settings, explain
 from service.sources import flag_name
-from service.usage import Parser
 
 GROUPS = {"model": "model", "memory": "memory", "http": "HTTP", "log": "log"}
 LIST_FIELDS = frozenset({"api_key", "cors_origins"})

@@ -9,6 +9,7 @@ from typing import Any
 from rich.console import Console
 
 from loader.errors import BudgetExceeded
+from loader.usage import Parser, UsageError
 from service import logs
 from service.flags import add_flags, typed_flags
 from service.misfit import retry_command
@@ -16,7 +17,6 @@ from service.planning import make_plan_for
 from service.settings import ALTERNATIVES
 from service.show import print_misfit, print_plan
 from service.sources import load_settings
-from service.usage import Parser, UsageError
 
 DESCRIPTION = (
     "Shows what would go where, how many tokens of context fit and what would be offloaded, from the model's "

@@ -11,6 +11,7 @@ from collections.abc import Sequence
 from rich.console import Console
 
 from loader.errors import BudgetExceeded
+from loader.usage import Parser, UsageError
 from service import logs
 from service.flags import add_flags, typed_flags
 from service.misfit import retry_command
@@ -18,7 +19,6 @@ from service.planning import make_plan_for, served_name
 from service.settings import Settings
 from service.show import print_misfit, print_plan
 from service.sources import load_settings
-from service.usage import Parser, UsageError
 
 BACKLOG = 2048
 SOCKET_REASONS = {

@@ -14,8 +14,8 @@ from pydantic import ValidationError
 from pydantic_core import ErrorDetails
 from pydantic_settings import EnvSettingsSource
 
+from loader.usage import UsageError, nearest
 from service.settings import ALTERNATIVES, ENV_PREFIX, SECRET_FIELDS, Settings, explain
-from service.usage import UsageError, nearest
 
 CONFIG_ENV = f"{ENV_PREFIX}CONFIG"
 # What Kubernetes puts into every pod beside a Service that is named snugfit.

@@ -12,9 +12,9 @@ from pathlib import Path
 import pytest
 import yaml
 
+from loader.usage import nearest
 from service.misfit import size_text
 from service.plan_command import yaml_text
-from service.usage import nearest
 
 ROOT = Path(__file__).resolve().parents[2]
 CLEAN = {name: value for name, value in os.environ.items() if not name.upper().startswith("SNUGFIT_")}

@@ -4,10 +4,10 @@ from pathlib import Path
 
 import pytest
 
+from loader.usage import Parser, UsageError
 from service.flags import GROUPS, LIST_FIELDS, add_flags, default_text, help_text, typed_flags
 from service.settings import Settings, explain
 from service.sources import flag_name
-from service.usage import Parser, UsageError
 
 
 @pytest.fixture

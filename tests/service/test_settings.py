@@ -6,11 +6,11 @@ from pathlib import Path
 import pytest
 from pydantic import ValidationError
 
+from loader.usage import Parser, UsageError
 from service import config_doc
 from service.flags import add_flags, typed_flags
 from service.settings import Settings
 from service.sources import load_settings
-from service.usage import Parser, UsageError
 
 ROOT = Path(__file__).resolve().parents[2]
 
