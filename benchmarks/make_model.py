@@ -104,7 +104,9 @@ def shards(shape: Shape) -> list[list[tuple[str, tuple[int, ...]]]]:
     return packed
 
 
-def write_shard(path: Path, content: list[tuple[str, tuple[int, ...]]], seed: int, fill: bool) -> None:
+def write_shard(
+    path: Path, content: list[tuple[str, tuple[int, ...]]], seed: int, fill: bool, device: str
+) -> None:
     """One safetensors file; with fill False the data is a hole, so headers of any size cost no disk."""
     header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
     offset = 0
@@ -123,20 +125,21 @@ def write_shard(path: Path, content: list[tuple[str, tuple[int, ...]]], seed: in
             file.truncate(8 + len(text) + offset)
             return
         for number, (name, dims) in enumerate(content):
-            file.write(random_bytes(name, dims, seed * 100_003 + number))
+            file.write(random_bytes(name, dims, seed * 100_003 + number, device))
 
 
-def random_bytes(name: str, dims: tuple[int, ...], seed: int) -> memoryview:
+def random_bytes(name: str, dims: tuple[int, ...], seed: int, device: str) -> memoryview:
     import torch
 
-    generator = torch.Generator().manual_seed(seed)
+    generator = torch.Generator(device).manual_seed(seed)
     if name.endswith("norm.weight"):
         tensor = torch.ones(dims, dtype=torch.bfloat16)
     elif name.endswith(".bias"):
         tensor = torch.zeros(dims, dtype=torch.bfloat16)
     else:
-        tensor = torch.empty(dims, dtype=torch.bfloat16).normal_(0, 0.02, generator=generator)
-    return memoryview(tensor.flatten().view(torch.uint8).numpy())
+        tensor = torch.empty(dims, dtype=torch.bfloat16, device=device)
+        tensor.normal_(0, 0.02, generator=generator)
+    return memoryview(tensor.cpu().flatten().view(torch.uint8).numpy())
 
 
 def write_tokenizer(folder: Path, vocab_size: int) -> None:
@@ -166,15 +169,15 @@ def write_tokenizer(folder: Path, vocab_size: int) -> None:
     (folder / "generation_config.json").write_text(json.dumps({"eos_token_id": end, "do_sample": False}))
 
 
-def make(name: str, folder: Path, seed: int = 0, headers_only: bool = False) -> Path:
-    """Write the model into `folder` and return it."""
+def make(name: str, folder: Path, seed: int = 0, headers_only: bool = False, device: str = "cpu") -> Path:
+    """Write the model into `folder` and return it. `device` draws the numbers, each kind its own."""
     shape = SHAPES[name]
     folder.mkdir(parents=True, exist_ok=True)
     packed = shards(shape)
     index: dict[str, str] = {}
     for number, content in enumerate(packed):
         file = f"model-{number + 1:05d}-of-{len(packed):05d}.safetensors"
-        write_shard(folder / file, content, seed + number, fill=not headers_only)
+        write_shard(folder / file, content, seed + number, fill=not headers_only, device=device)
         index |= {tensor: file for tensor, _ in content}
     total = sum(n_bytes(dims) for content in packed for _, dims in content)
     (folder / "model.safetensors.index.json").write_text(
@@ -193,8 +196,9 @@ def main() -> None:
     parser.add_argument("out", type=Path)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--headers-only", action="store_true", help="sparse files: right headers, no data")
+    parser.add_argument("--device", default="cpu", help="draws the numbers; a GPU does so much faster")
     args = parser.parse_args()
-    print(make(args.shape, args.out, args.seed, args.headers_only))
+    print(make(args.shape, args.out, args.seed, args.headers_only, args.device))
 
 
 if __name__ == "__main__":

@@ -1,8 +1,9 @@
 """Latency and throughput over HTTP: python -m benchmarks.serve MODEL [--concurrency 1 4 16].
 
-Starts `snugfit serve` on the CPU, keeps so many streaming requests in flight, and reports TTFT, inter-token
-latency and output tokens per second. The prediction is the machine's limit, measured in the same run: a
-decode step reads every matrix once, a prefill does 2 operations for each parameter of the layers and token.
+Starts `snugfit serve` on the CPU (or --device cuda:0), keeps so many streaming requests in flight, reports
+TTFT, inter-token latency and output tokens per second. The prediction is the limit of the device, measured in
+the same run: a decode step reads every matrix once, a prefill does 2 operations for each parameter of the
+layers and token. With --budget, some weights are copied in at every step, which the prediction leaves out.
 Prompts are random letters, so that no two begin alike.
 """
 
@@ -23,12 +24,12 @@ from typing import Any
 import httpx
 import torch
 
-from benchmarks.server import Server
+from benchmarks.server import Server, elsewhere
 from loader import checkpoint
 from loader.footprint import measure
 
 READ_BYTES = 1 << 30
-GEMM_SIZE = 2048
+GEMM_SIZES = {"cpu": 2048, "cuda": 8192}  # a GPU is not busy with less
 REPEATS = 5
 
 
@@ -38,20 +39,26 @@ class Limits:
 
     read_bytes_per_second: float
     operations_per_second: float  # bf16 matrix multiplication
+    device: str  # its name, or how many threads the CPU has for us
 
 
-def limits() -> Limits:
-    """The best of a few runs each: a sum over 1 GiB, and a square bf16 product."""
-    block = torch.ones(READ_BYTES // 4, dtype=torch.float32)
-    left = torch.ones(GEMM_SIZE, GEMM_SIZE, dtype=torch.bfloat16)
-    read = READ_BYTES / min(_seconds(block.sum) for _ in range(REPEATS))
-    operations = 2 * GEMM_SIZE**3 / min(_seconds(lambda: left @ left) for _ in range(REPEATS))
-    return Limits(read, operations)
+def limits(device: str) -> Limits:
+    """The best of a few runs each: a sum over 1 GiB, and a square bf16 product of random numbers."""
+    size = GEMM_SIZES[torch.device(device).type]
+    block = torch.ones(READ_BYTES // 4, dtype=torch.float32, device=device)
+    left = torch.randn(size, size, dtype=torch.bfloat16, device=device)
+    read = READ_BYTES / min(_seconds(block.sum, device) for _ in range(REPEATS))
+    operations = 2 * size**3 / min(_seconds(lambda: left @ left, device) for _ in range(REPEATS))
+    on_cpu = device == "cpu"
+    name = f"{torch.get_num_threads()} threads" if on_cpu else torch.cuda.get_device_name(device)
+    return Limits(read, operations, name)
 
 
-def _seconds(work: Any) -> float:
+def _seconds(work: Any, device: str) -> float:
     started = time.perf_counter()
     work()
+    if device != "cpu":
+        torch.cuda.synchronize(device)
     return time.perf_counter() - started
 
 
@@ -131,19 +138,21 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("model", type=Path)
+    parser.add_argument("--device", default="cpu", help="cpu or cuda:N")
+    parser.add_argument("--budget", help="of the device, as for snugfit serve: 16GB")
     parser.add_argument("--concurrency", type=int, nargs="+", default=[1, 4, 16])
     parser.add_argument("--requests", type=int, default=4, help="at each concurrency, and at least that many")
     parser.add_argument("--prompt-tokens", type=int, default=128)
     parser.add_argument("--tokens", type=int, default=32)
     arguments = parser.parse_args()
-    footprint, best = measure(checkpoint.read(arguments.model)), limits()
+    footprint, best = measure(checkpoint.read(arguments.model)), elsewhere(limits, arguments.device)
     layer_bytes = sum(unit.n_bytes for unit in footprint.units if unit.layer is not None)
     head_bytes = footprint.vocab_size * footprint.shape.hidden * footprint.dtype_bytes
     step_ms = 1e3 * (layer_bytes + head_bytes) / best.read_bytes_per_second
     operations = 2 * layer_bytes // footprint.dtype_bytes * arguments.prompt_tokens
     prefill_ms = 1e3 * operations / best.operations_per_second
     print(
-        f"this machine: reads {best.read_bytes_per_second / 1e9:.1f} GB/s, "
+        f"{arguments.device} ({best.device}): reads {best.read_bytes_per_second / 1e9:.1f} GB/s, "
         f"multiplies {best.operations_per_second / 1e9:.0f} GFLOP/s in bf16\n"
         f"predicted at best: {step_ms:.1f} ms a step, {1e3 / step_ms:.1f} tokens/s alone, "
         f"{prefill_ms:.0f} ms to read {arguments.prompt_tokens} tokens",
@@ -151,8 +160,9 @@ def main() -> None:
     )
     rows = []
     context = 2 * (arguments.prompt_tokens + arguments.tokens) + 64
-    flags = ["--device", "cpu", "--context", str(context), "--concurrency", str(max(arguments.concurrency))]
-    with Server(arguments.model, *flags) as server:
+    flags = ["--context", str(context), "--concurrency", str(max(arguments.concurrency))]
+    flags += ["--budget", arguments.budget] if arguments.budget else []
+    with Server(arguments.model, arguments.device, *flags) as server:
         server.chat("warm up", 4)
         for concurrency in arguments.concurrency:
             seconds, samples = asyncio.run(load(server, concurrency, arguments))
@@ -161,11 +171,13 @@ def main() -> None:
     result = {
         "benchmark": "serve",
         "model": arguments.model.name,
+        "device": arguments.device,
+        "budget": arguments.budget,
         "predicted": {"step_ms": round(step_ms, 2), "prefill_ms": round(prefill_ms, 1)},
         "machine": {
             "read_gb_per_second": round(best.read_bytes_per_second / 1e9, 1),
             "bf16_gflop_per_second": round(best.operations_per_second / 1e9),
-            "threads": torch.get_num_threads(),
+            "device": best.device,
         },
         "rows": rows,
     }

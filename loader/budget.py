@@ -17,6 +17,12 @@ FORMS = "16GB, 1.5GiB, 500000000 (bytes) or 90% (of what is free)"
 MAX_MEMORY_FORM = "0=15GiB,1=15GiB,cpu=30GiB,disk=100GB"
 # 256 MiB or 2 % of a card, whichever is more, stays with the desktop and the driver.
 CARD_MARGIN_BYTES, CARD_MARGIN_PERCENT = 256 * 2**20, 2
+# What CUDA takes of a card for itself: context, kernels, cuBLAS and its workspace. The context holds local
+# memory for every thread that can run, so it grows with the multiprocessors. One H100 (132 of them, driver
+# 580, CUDA 13.0) took 765 MB; elsewhere on the line it is an estimate.
+CUDA_BASE_BYTES, CUDA_MULTIPROCESSOR_BYTES = 360_000_000, 3_250_000
+# Of a card that cannot be asked: some 30 multiprocessors, as cards of 8 to 16 GB have.
+CUDA_CONTEXT_BYTES = 450_000_000
 # A process that takes all RAM is killed, and the system swaps long before that.
 RAM_SHARE_PERCENT = 70
 # Offloaded weights leave this much RAM to everything else.
@@ -50,6 +56,7 @@ class MemoryBudget:
     limits: dict[str, int]
     origin: str = ""  # where the compute devices' limits came from, for a person: "--budget 16GB"
     default: bool = False  # nothing was asked for: the limit is what is free now
+    context_bytes: int = CUDA_CONTEXT_BYTES  # of each GPU's limit: what CUDA takes for itself
 
     def offload_bytes(self, place: str, model_bytes: int) -> int:
         """How much of a model of `model_bytes` may go to "cpu" or "disk"; 0 for a compute device."""
@@ -82,7 +89,8 @@ class MemoryBudget:
         main = _main_device(device, machine, gpu)
         limit, origin = _main_limit(main, budget, gpu, machine)
         limits = {main: limit} | _ram_beside(main, machine)
-        return cls((main,), limits, origin, default=budget is None and gpu is None)
+        context = _context_bytes((main,), machine) if gpu is None else CUDA_CONTEXT_BYTES
+        return cls((main,), limits, origin, budget is None and gpu is None, context)
 
 
 # The flags
@@ -144,6 +152,12 @@ def _default_limit(main: str, machine: Machine) -> tuple[int, str]:
     return max(_less_margin(free), 0), f"{format_bytes(free)} free on {main}, less a margin for the driver"
 
 
+def _context_bytes(compute: tuple[str, ...], machine: Machine) -> int:
+    """The most that CUDA takes for itself of any of these GPUs."""
+    counts = [gpu.multiprocessors for gpu in machine.gpus if gpu.device in compute and gpu.multiprocessors]
+    return CUDA_BASE_BYTES + CUDA_MULTIPROCESSOR_BYTES * max(counts) if counts else CUDA_CONTEXT_BYTES
+
+
 def _count_gpus(machine: Machine) -> str:
     count = len(machine.gpus)
     return f"{count} GPU{'s' if count > 1 else ''}" if count else "no GPU that CUDA and NVML can see"
@@ -170,7 +184,8 @@ def _from_max_memory(text: str, device: str, machine: Machine) -> MemoryBudget:
     if not gpus and not limits["cpu"]:
         raise BadBudget(f"--max-memory {text}: cpu computes here, since no GPU is named, and cannot have 0.")
     ordered = {name: limits[name] for name in (*gpus, "cpu", "disk") if name in limits}
-    return MemoryBudget(compute, ordered, f"--max-memory {text}")
+    context = _context_bytes(compute, machine)
+    return MemoryBudget(compute, ordered, f"--max-memory {text}", context_bytes=context)
 
 
 def _max_memory_pairs(text: str, machine: Machine) -> Iterator[tuple[str, int]]:

@@ -79,6 +79,23 @@ class OverBudget(LoaderError):
         )
 
 
+class CudaTakesMore(LoaderError):
+    """CUDA itself takes more of this GPU than the plan has put aside, and the plan has no room for that."""
+
+    exit_code = EXIT_DOES_NOT_FIT
+
+    def __init__(self, device: str, context_bytes: int, need_bytes: int, budget_bytes: int) -> None:
+        self.device = device
+        self.context_bytes = context_bytes
+        self.need_bytes = need_bytes
+        self.budget_bytes = budget_bytes
+        super().__init__(
+            f"{device}: CUDA itself takes {context_bytes:,} bytes of this card, more than was planned. With "
+            f"it the model needs {need_bytes:,} and the budget is {budget_bytes:,}. Give a larger budget, or "
+            "a shorter --context."
+        )
+
+
 class OutOfMemory(LoaderError):
     """The device had less to give than the plan counted on: the cap held, and loading ended."""
 

@@ -43,17 +43,20 @@ class LoadedModel:
 
     def close(self) -> None:
         """Give the memory back. Idempotent."""
+        if self.model is None:
+            return
         self.model = None
         self._weights.close()
         gc.collect()  # accelerate's hooks and their modules refer to each other
+        self._meter.close()
 
 
 def load(plan: Plan, progress: Progress | None = None) -> LoadedModel:
     """Read the weights to where the plan says. `progress(done_bytes, total_bytes)` may raise to stop it.
 
     Raises TensorMismatch when the checkpoint and the architecture differ, DeviceUnavailable when a device of
-    the plan is not here or has less free than the plan takes, UnsupportedModel when transformers cannot build
-    it.
+    the plan is not here or has less free than the plan takes, CudaTakesMore when a GPU's context leaves too
+    little of the budget, UnsupportedModel when transformers cannot build it.
     """
     _check_devices(plan)
     _check_room(plan, probe.machine())
@@ -65,11 +68,13 @@ def load(plan: Plan, progress: Progress | None = None) -> LoadedModel:
     meter = Meter(plan)
     weights = CheckpointWeights(plan.spec, folder, model, dtypes)
     try:
+        meter.refuse_what_cannot_fit(plan)
         weights.refuse_different_copies()
         host = _fill(model, plan, weights, dtypes, progress or _silent)
         _dispatch(model, plan, _Offloaded(host, weights))
     except BaseException:
         weights.close()
+        meter.close()
         raise
     model.eval()
     return LoadedModel(model, plan, weights, meter)

@@ -4,17 +4,24 @@ from __future__ import annotations
 
 import ctypes
 import gc
+import os
 import sys
 from contextlib import suppress
 
 from loader import probe
-from loader.placement import CUDA_CONTEXT_BYTES
+from loader.errors import CudaTakesMore
 from loader.plan import Plan
 from loader.probe import Machine
 
 # M_MMAP_THRESHOLD and M_TRIM_THRESHOLD of mallopt(3), as glibc starts with them. Left alone they grow with
 # every large block that is freed, up to 32 and 64 MiB, and freed blocks below that stay with the process.
 MALLOC_OPTIONS = {-3: 128 * 2**10, -1: 128 * 2**10}
+# CUDA loads a kernel when it is first used, beside torch's allocator: on an H100, 2 MB more after a rehearsal
+# and an answer, and 13 with cuDNN's attention.
+LATER_KERNELS_BYTES = 32 * 2**20
+# A weight that is copied in for a moment leaves a large free block. Were small tensors cut out of it, which
+# stay, the next weight would need a block beside it: a 7B with all its weights offloaded took 1 GB more.
+DO_NOT_SPLIT = "max_split_size_mb:32"
 
 
 def give_back_what_is_freed() -> None:
@@ -38,12 +45,36 @@ class Meter:
     def __init__(self, plan: Plan) -> None:
         self._devices = [device.device for device in plan.devices if device.device != "disk"]
         gpus = [device for device in self._devices if device != "cpu"]
-        before = probe.machine()
-        self._context_bytes = {gpu: _cap(gpu, plan.budget.limits[gpu], before) for gpu in gpus}
+        self._configured = bool(gpus and plan.offloaded_bytes) and not _users_own_settings()
+        if self._configured:
+            _configure_allocator(DO_NOT_SPLIT)
+        before = None if _cuda_runs() else probe.machine()
+        planned_bytes = plan.budget.context_bytes
+        self._context_bytes = {gpu: _context_bytes(gpu, before, planned_bytes) for gpu in gpus}
+        for gpu, context_bytes in self._context_bytes.items():
+            _cap(gpu, plan.budget.limits[gpu] - context_bytes - LATER_KERNELS_BYTES)
         gc.collect()
         # Where the peak cannot be started again, what is above the one so far is all that can be told.
         started = probe.reset_peak()
         self.baseline_bytes = probe.resident_bytes() if started else probe.peak_resident_bytes()
+
+    def refuse_what_cannot_fit(self, plan: Plan) -> None:
+        """Raises CudaTakesMore where CUDA itself has taken what the model needs: before weights are read."""
+        for device in plan.devices:
+            context_bytes = self._context_bytes.get(device.device, 0)
+            need_bytes = device.peak_bytes - device.reserve_bytes + context_bytes + LATER_KERNELS_BYTES
+            if context_bytes and need_bytes > device.budget_bytes:
+                raise CudaTakesMore(device.device, context_bytes, need_bytes, device.budget_bytes)
+
+    def close(self) -> None:
+        """Give back what torch's allocator keeps of each GPU, and take the caps off."""
+        import torch
+
+        torch.cuda.empty_cache()
+        for gpu in self._context_bytes:
+            torch.cuda.set_per_process_memory_fraction(1.0, gpu)
+        if self._configured:
+            _configure_allocator("")
 
     def peak_bytes(self) -> dict[str, int]:
         """The most so far, by device of the plan but the disk.
@@ -61,22 +92,47 @@ class Meter:
         return self._context_bytes[device] + torch.cuda.max_memory_reserved(device)
 
 
-def _cap(device: str, budget_bytes: int, before: Machine) -> int:
-    """Create the CUDA context, cap the allocator at the budget less the context, and return its bytes.
+def _users_own_settings() -> bool:
+    return any(name in os.environ for name in ("PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF"))
 
-    `before` is the machine before any context was created. Without NVML nothing is known of that moment, and
-    the context counts as much as the plan has put aside for it.
+
+def _configure_allocator(settings: str) -> None:
+    """In the form of PYTORCH_ALLOC_CONF, which torch reads too early for us; "" is its defaults."""
+    import torch
+
+    torch._C._accelerator_setAllocatorSettings(settings)
+
+
+def _cuda_runs() -> bool:
+    """Whether there is a context already; torch need not even be there."""
+    torch = sys.modules.get("torch")
+    return torch is not None and torch.cuda.is_initialized()
+
+
+def _context_bytes(device: str, before: Machine | None, planned_bytes: int) -> int:
+    """Create the CUDA context and return what it takes, torch's allocator aside.
+
+    `before` is the machine before any context was created, None when there was one already. Where nothing is
+    known of that moment, the context counts as much as was planned for it.
     """
     import torch
 
     warm = torch.ones(64, 64, dtype=torch.bfloat16, device=device)
     (warm @ warm).sum().item()  # kernels and cuBLAS are loaded when they are first used
-    free_bytes, total_bytes = torch.cuda.mem_get_info(device)
+    torch.cuda.reset_peak_memory_stats(device)
+    free_bytes, _ = torch.cuda.mem_get_info(device)
     uuid = str(torch.cuda.get_device_properties(device).uuid)  # NVML may number the cards otherwise
-    was_free = next((gpu.free_bytes for gpu in before.gpus if gpu.uuid.endswith(uuid)), None)
-    reserved_bytes = torch.cuda.memory_reserved(device)
-    measured = was_free - free_bytes - reserved_bytes if was_free is not None else CUDA_CONTEXT_BYTES
-    context_bytes = max(measured, 0)
-    fraction = (budget_bytes - context_bytes) / total_bytes
-    torch.cuda.set_per_process_memory_fraction(max(0.0, min(1.0, fraction)), device)
-    return context_bytes
+    gpus = before.gpus if before else ()
+    was_free = next((gpu.free_bytes for gpu in gpus if gpu.uuid.endswith(uuid)), None)
+    if was_free is None:
+        return planned_bytes
+    return max(was_free - free_bytes - torch.cuda.memory_reserved(device), 0)
+
+
+def _cap(device: str, allowed_bytes: int) -> None:
+    """Let torch's allocator take no more than that of the GPU."""
+    import torch
+
+    _, total_bytes = torch.cuda.mem_get_info(device)
+    share = allowed_bytes / total_bytes
+    torch.cuda.set_per_process_memory_fraction(max(0.0, min(1.0, share)), device)

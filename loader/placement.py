@@ -16,8 +16,6 @@ from loader.footprint import Footprint, LayerCache, WeightUnit
 from loader.offload import Offload, Offloader
 
 MiB = 2**20
-# CUDA context, lazily loaded kernels and cuBLAS workspace of torch 2.13: 0.3 to 0.6 GB by GPU and driver.
-CUDA_CONTEXT_BYTES = 450_000_000
 # torch's caching allocator rounds to 512 bytes and takes segments of 2 and 20 MiB from CUDA.
 CUDA_SLACK_BYTES = 64 * MiB
 CUDA_SLACK_PERCENT = 5  # of activations
@@ -178,7 +176,8 @@ class Placer:
         """(activations, reserve) of any device that computes."""
         if (setting, gpu) not in self._working:
             activations = self._footprint.activation_bytes(setting.chunk, setting.context, gpu)
-            self._working[setting, gpu] = activations, gpu_reserve(activations) if gpu else CPU_RESERVE_BYTES
+            reserve = gpu_reserve(activations, self._budget.context_bytes) if gpu else CPU_RESERVE_BYTES
+            self._working[setting, gpu] = activations, reserve
         return self._working[setting, gpu]
 
     # Where offloaded weights go
@@ -253,8 +252,8 @@ class Placer:
             yield DevicePlan("disk", self._limit("disk"), sum(unit.n_bytes for unit in disk), 0, 0, 0, 0, 0)
 
 
-def gpu_reserve(activation_bytes: int) -> int:
-    return CUDA_CONTEXT_BYTES + CUDA_SLACK_BYTES + activation_bytes * CUDA_SLACK_PERCENT // 100
+def gpu_reserve(activation_bytes: int, context_bytes: int) -> int:
+    return context_bytes + CUDA_SLACK_BYTES + activation_bytes * CUDA_SLACK_PERCENT // 100
 
 
 def _pieces(footprint: Footprint) -> tuple[_Piece, list[_Piece], _Piece]:

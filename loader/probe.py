@@ -12,6 +12,8 @@ from typing import Any
 import psutil
 import pynvml
 
+# FP32 cores of a multiprocessor are 128, but for these compute capabilities.
+CORES, FEW_CORES, FEW = 128, 64, {(6, 0), (7, 0), (7, 2), (7, 5), (8, 0)}
 PROC_CGROUP = Path("/proc/self/cgroup")
 CGROUP_ROOT = Path("/sys/fs/cgroup")
 PROC_STATUS = Path("/proc/self/status")
@@ -27,6 +29,7 @@ class Gpu:
     uuid: str  # as NVML writes it: "GPU-…"
     total_bytes: int
     free_bytes: int
+    multiprocessors: int | None = None  # None where the driver does not tell
 
 
 @dataclass(frozen=True, slots=True)
@@ -75,7 +78,17 @@ def _gpus() -> tuple[Gpu, ...]:
 def _gpu(device: str, handle: Any) -> Gpu:
     memory = pynvml.nvmlDeviceGetMemoryInfo(handle)
     name, uuid = pynvml.nvmlDeviceGetName(handle), pynvml.nvmlDeviceGetUUID(handle)
-    return Gpu(device, name, uuid, int(memory.total), int(memory.free))
+    return Gpu(device, name, uuid, int(memory.total), int(memory.free), _multiprocessors(handle))
+
+
+def _multiprocessors(handle: Any) -> int | None:
+    """NVML counts cores; an old driver, or for an instance of a card that is cut up, not even those."""
+    try:
+        cores = pynvml.nvmlDeviceGetNumGpuCores(handle)
+        capability = tuple(pynvml.nvmlDeviceGetCudaComputeCapability(handle))
+    except pynvml.NVMLError:
+        return None
+    return int(cores) // (FEW_CORES if capability in FEW else CORES)
 
 
 def visible_handles(choice: str | None) -> list[Any]:

@@ -6,6 +6,9 @@ layers here answer as its dynamic ones do; only where keys and values live is di
 
 from __future__ import annotations
 
+import copy
+from collections import Counter
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import torch
@@ -18,6 +21,8 @@ from transformers.cache_utils import (
     DynamicSlidingWindowLayer,
     LinearAttentionLayer,
 )
+
+from loader.arena import Arena, aligned
 
 # Tokens moved at once when a window slides; a copy of them is the only temporary memory.
 MOVE_TOKENS = 256
@@ -48,6 +53,18 @@ class FixedLayer(CacheLayerMixin):
     @property
     def n_bytes(self) -> int:
         return sum(store.nbytes for store in self._stores)
+
+    def sizes(self, sample: FixedLayer) -> Counter[torch.device]:
+        """Bytes by device of keys and values like those that `sample` holds."""
+        return sum(
+            (Counter({x.device: aligned(_n_bytes(x, self.capacity))}) for x in sample._stores), Counter()
+        )
+
+    def allocate(self, sample: FixedLayer, arenas: Mapping[torch.device, Arena]) -> None:
+        """Take keys and values like those that `sample` holds, before there are any."""
+        self._stores = tuple(
+            arenas[x.device].take(_shape(x, self.capacity), x.dtype).zero_() for x in sample._stores
+        )
 
     def lazy_initialization(self, key_states: torch.Tensor, value_states: torch.Tensor) -> None:
         if not self._stores:
@@ -174,6 +191,35 @@ class FixedCache(Cache):
                 layer.has_previous_state = dict.fromkeys(layer.has_previous_state, length > 0)
 
 
+def allocated(
+    sample: FixedCache, config: Any, context: int, chunk_tokens: int, count: int
+) -> list[FixedCache]:
+    """`count` caches, every layer of the shape, dtype and device that `sample` met in its first forward.
+
+    Keys and values of all of them are parts of one buffer on each device: CUDA's caching allocator takes
+    20 MiB for tensors of 1 to 10 MiB, so with layers of 8 MiB a fifth would be lost.
+    """
+    caches = [FixedCache(config, context, chunk_tokens) for _ in range(count)]
+    sizes: Counter[torch.device] = Counter()
+    for mine, met in _pairs(caches, sample):
+        sizes.update(mine.sizes(met))
+    arenas = {device: Arena(n_bytes, device) for device, n_bytes in sizes.items()}
+    for mine, met in _pairs(caches, sample):
+        mine.allocate(met, arenas)
+    for cache in caches:
+        for at, layer in enumerate(sample.layers):
+            if not isinstance(layer, FixedLayer):
+                cache.layers[at] = copy.deepcopy(layer)
+    return caches
+
+
+def _pairs(caches: list[FixedCache], sample: FixedCache) -> Iterator[tuple[FixedLayer, FixedLayer]]:
+    for cache in caches:
+        for mine, met in zip(cache.layers, sample.layers, strict=True):
+            if isinstance(mine, FixedLayer) and isinstance(met, FixedLayer):
+                yield mine, met
+
+
 def _fixed(layer: Any, context: int, chunk_tokens: int) -> Any:
     if type(layer) is DynamicLayer:
         return FixedLayer(context)
@@ -193,7 +239,15 @@ def _layer_bytes(layer: Any) -> int:
 
 def _store(states: torch.Tensor, capacity: int) -> torch.Tensor:
     """Zeros: every page is really there when memory is measured, and no NaN is among what a mask hides."""
-    return states.new_zeros((*states.shape[:2], capacity, states.shape[3]))
+    return states.new_zeros(_shape(states, capacity))
+
+
+def _shape(states: torch.Tensor, capacity: int) -> torch.Size:
+    return torch.Size((*states.shape[:2], capacity, states.shape[3]))
+
+
+def _n_bytes(states: torch.Tensor, capacity: int) -> int:
+    return _shape(states, capacity).numel() * states.itemsize
 
 
 def _move_to_front(store: torch.Tensor, first: int, end: int) -> None:

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Sequence
 from typing import Any
 
 import torch
 
-from service.engine.cache import FixedCache
+from service.engine.cache import FixedCache, allocated
 from service.engine.sampler import Sampler
 from service.engine.types import DeviceLost, SamplingParams
 
@@ -32,6 +31,9 @@ class Runner:
         self.context, self.concurrency = context, concurrency
         self.chunk_tokens = min(chunk_tokens, context)
         self._model, self._device = model, torch.device(device)
+        # On an H100 torch prefers cuDNN's attention, which builds a plan for every length that it has not met
+        # (60 ms for each new token) and keeps them all.
+        torch.backends.cuda.enable_cudnn_sdp(False)
         self._caches = self._allocate()
 
     @property
@@ -108,12 +110,13 @@ class Runner:
         self.release(0)
 
     def _allocate(self) -> list[FixedCache]:
-        first = FixedCache(self._model.config, self.context, self.chunk_tokens)
-        self._caches = [first]
+        config = self._model.config
+        sample = FixedCache(config, context=1, chunk_tokens=1)
+        self._caches = [sample]
         self.step(0, (0,))
         self.release(0)
         with torch.inference_mode():
-            return [first, *(copy.deepcopy(first) for _ in range(self.concurrency - 1))]
+            return allocated(sample, config, self.context, self.chunk_tokens, self.concurrency)
 
     def _fill(self, tokens: int) -> None:
         """Make slot 0 hold that many tokens, without computing them where that is possible."""

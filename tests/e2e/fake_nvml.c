@@ -73,6 +73,16 @@ nvmlReturn_t nvmlDeviceGetName(nvmlDevice_t device, char *name, unsigned int len
     return copy(name, length, device->index ? "Fake 16 GiB" : "Fake 8 GiB");
 }
 
+nvmlReturn_t nvmlDeviceGetNumGpuCores(nvmlDevice_t device, unsigned int *cores) {
+    *cores = 34 * 128;
+    return device->index ? NO_PERMISSION : SUCCESS; /* the second does not tell */
+}
+
+nvmlReturn_t nvmlDeviceGetCudaComputeCapability(nvmlDevice_t device, int *major, int *minor) {
+    *major = 8, *minor = 9;
+    return device->index ? NO_PERMISSION : SUCCESS;
+}
+
 static nvmlReturn_t used_bytes(nvmlDevice_t device, unsigned long long *used) {
     *used = 1ULL << 30;
     const char *path = getenv("FAKE_NVML_USED");

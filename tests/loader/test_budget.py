@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from loader.budget import MemoryBudget, format_bytes, parse_bytes
+from loader.budget import CUDA_CONTEXT_BYTES, MemoryBudget, format_bytes, parse_bytes
 from loader.errors import BadBudget, DeviceUnavailable
 from loader.probe import Gpu, Machine
 
@@ -15,6 +15,7 @@ GIB = 2**30
 NO_GPU = Machine(ram_total_bytes=32 * GIB, ram_free_bytes=24 * GIB)
 OFFLOAD = {"cpu": 24 * GIB - 32 * GIB // 10}
 ONE_GPU = Machine(32 * GIB, 24 * GIB, (Gpu("cuda:0", "A", "GPU-a", 16 * GIB, 15 * GIB),))
+BIG = Gpu("cuda:0", "C", "GPU-c", 80 * GIB, 79 * GIB, multiprocessors=132)
 TWO_GPUS = Machine(32 * GIB, 24 * GIB, (*ONE_GPU.gpus, Gpu("cuda:1", "B", "GPU-b", 8 * GIB, 7 * GIB)))
 
 
@@ -337,3 +338,21 @@ def test_a_device_that_computes_is_no_place_to_offload_to():
     assert parse("1GB").offload_bytes("cpu", 15 * 10**9) == 0
     assert parse(max_memory="0=1GB,cpu=2GB").offload_bytes("cpu", 15 * 10**9) == 2 * 10**9
     assert MemoryBudget(("cuda:0",), {"cuda:0": 1}).offload_bytes("cpu", 15 * 10**9) == 0
+
+
+# What CUDA takes for itself
+
+
+def test_a_card_with_more_multiprocessors_has_a_larger_context():
+    big = Machine(32 * GIB, 24 * GIB, (BIG, *TWO_GPUS.gpus[1:]))
+    assert 765e6 < parse("16GB", machine=big).context_bytes < 800e6
+    assert (
+        parse(max_memory="0=16GB,1=6GB", machine=big).context_bytes
+        == parse("16GB", machine=big).context_bytes
+    )
+
+
+def test_of_a_card_that_is_elsewhere_or_does_not_tell_a_usual_context_is_assumed():
+    big = Machine(32 * GIB, 24 * GIB, (BIG,))
+    for found in (parse(gpu="16GiB", machine=big), parse("6GB", machine=ONE_GPU), parse(gpu="16GiB")):
+        assert found.context_bytes == CUDA_CONTEXT_BYTES

@@ -1,15 +1,16 @@
 """loader/meter.py on GPUs that are not here: torch.cuda's answers are scripted, the arithmetic is real."""
 
+from dataclasses import replace
 from types import SimpleNamespace
 
 import pytest
 import torch
 
 from loader import probe
-from loader.budget import MemoryBudget
+from loader.budget import CUDA_CONTEXT_BYTES, MemoryBudget
 from loader.checkpoint import ModelSpec
-from loader.meter import Meter
-from loader.placement import CUDA_CONTEXT_BYTES
+from loader.errors import CudaTakesMore
+from loader.meter import DO_NOT_SPLIT, LATER_KERNELS_BYTES, Meter
 from loader.plan import DevicePlan, Plan
 from loader.probe import Gpu, Machine
 
@@ -28,6 +29,10 @@ def plan_for(devices, budget):
     )  # fmt: skip
 
 
+def with_budget(plan, budget_bytes):
+    return replace(plan, devices=tuple(replace(d, budget_bytes=budget_bytes) for d in plan.devices))
+
+
 @pytest.fixture
 def cards(monkeypatch):
     """Two cards of 16 GB; each context takes 500 MB, and the allocator holds 2 MB after the first product."""
@@ -40,6 +45,8 @@ def cards(monkeypatch):
     )
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda d: SimpleNamespace(uuid=UUIDS[d]))
     monkeypatch.setattr(torch.cuda, "memory_reserved", lambda _device: cuda.reserved)
+    monkeypatch.setattr(torch.cuda, "empty_cache", lambda: None)
+    monkeypatch.setattr(torch.cuda, "reset_peak_memory_stats", lambda _device: None)
     monkeypatch.setattr(torch.cuda, "max_memory_reserved", lambda _device: 7 * GB)
     monkeypatch.setattr(
         torch.cuda, "set_per_process_memory_fraction", lambda share, device: fractions.update({device: share})
@@ -61,10 +68,12 @@ def budget(*devices, **more):
     return MemoryBudget(devices, dict.fromkeys(devices, 8 * GB) | more)
 
 
-def test_the_allocator_is_capped_at_the_budget_less_the_measured_context(cards, monkeypatch):
+def test_the_allocator_is_capped_at_the_budget_less_the_measured_context_and_later_kernels(
+    cards, monkeypatch
+):
     nvml(monkeypatch, "cuda:0")
     meter = Meter(plan_for(["cuda:0"], budget("cuda:0")))
-    assert cards.fractions["cuda:0"] * TOTAL == pytest.approx(8 * GB - 500 * MB)
+    assert cards.fractions["cuda:0"] * TOTAL == pytest.approx(8 * GB - 500 * MB - LATER_KERNELS_BYTES)
     assert meter.peak_bytes() == {"cuda:0": 500 * MB + 7 * GB}
 
 
@@ -72,13 +81,55 @@ def test_cards_that_nvml_numbers_otherwise_are_not_mixed_up(cards, monkeypatch):
     nvml(monkeypatch, "cuda:1", "cuda:0")
     Meter(plan_for(["cuda:0", "cuda:1"], budget("cuda:0", "cuda:1")))
     for device in ("cuda:0", "cuda:1"):
-        assert cards.fractions[device] * TOTAL == pytest.approx(8 * GB - 500 * MB)
+        assert cards.fractions[device] * TOTAL == pytest.approx(8 * GB - 500 * MB - LATER_KERNELS_BYTES)
 
 
 def test_without_nvml_the_context_counts_as_much_as_was_planned_for_it(cards, monkeypatch):
     nvml(monkeypatch)
     Meter(plan_for(["cuda:0"], budget("cuda:0")))
-    assert cards.fractions["cuda:0"] * TOTAL == pytest.approx(8 * GB - CUDA_CONTEXT_BYTES)
+    assert cards.fractions["cuda:0"] * TOTAL == pytest.approx(
+        8 * GB - CUDA_CONTEXT_BYTES - LATER_KERNELS_BYTES
+    )
+
+
+def test_a_context_that_was_there_before_counts_as_much_as_was_planned_for_it(cards, monkeypatch):
+    nvml(monkeypatch, "cuda:0")
+    monkeypatch.setattr(torch.cuda, "is_initialized", lambda: True)
+    meter = Meter(plan_for(["cuda:0"], budget("cuda:0")))
+    assert meter.peak_bytes() == {"cuda:0": CUDA_CONTEXT_BYTES + 7 * GB}
+
+
+def test_what_does_not_fit_beside_the_context_is_refused_before_weights_are_read(cards, monkeypatch):
+    nvml(monkeypatch, "cuda:0")
+    plan = plan_for(["cuda:0"], budget("cuda:0"))  # whose model needs 1 byte
+    meter = Meter(plan)
+    meter.refuse_what_cannot_fit(with_budget(plan, 1 + 500 * MB + LATER_KERNELS_BYTES))
+    with pytest.raises(CudaTakesMore, match="takes 500,000,000 bytes of this card") as refused:
+        meter.refuse_what_cannot_fit(with_budget(plan, 500 * MB + LATER_KERNELS_BYTES))
+    assert refused.value.exit_code == 43
+
+
+@pytest.mark.parametrize(
+    ("offloaded_bytes", "own", "wanted"),
+    [(5 * GB, {}, [DO_NOT_SPLIT, ""]), (0, {}, []), (5 * GB, {"PYTORCH_ALLOC_CONF": "x"}, [])],
+)
+def test_large_blocks_are_kept_whole_where_weights_are_copied_in_unless_the_user_decides(
+    cards, monkeypatch, offloaded_bytes, own, wanted
+):
+    settings = []
+    monkeypatch.setattr(torch._C, "_accelerator_setAllocatorSettings", settings.append)
+    for name in ("PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF"):
+        monkeypatch.delenv(name, raising=False)
+    for name, value in own.items():
+        monkeypatch.setenv(name, value)
+    Meter(replace(plan_for(["cuda:0"], budget("cuda:0")), offloaded_bytes=offloaded_bytes)).close()
+    assert settings == wanted
+
+
+def test_closing_takes_the_cap_off(cards, monkeypatch):
+    nvml(monkeypatch, "cuda:0")
+    Meter(plan_for(["cuda:0"], budget("cuda:0"))).close()
+    assert cards.fractions == {"cuda:0": 1}
 
 
 def test_a_budget_smaller_than_the_context_leaves_nothing_and_no_negative_share(cards, monkeypatch):

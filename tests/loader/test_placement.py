@@ -9,7 +9,6 @@ from loader.checkpoint import read
 from loader.footprint import measure
 from loader.placement import (
     CPU_RESERVE_BYTES,
-    CUDA_CONTEXT_BYTES,
     CUDA_SLACK_BYTES,
     Placer,
     Setting,
@@ -98,12 +97,14 @@ def test_one_device_holds_weights_cache_activations_logits_and_a_reserve(models,
     assert (plan.weights_bytes, plan.kv_bytes) == (footprint.weights_bytes, 8192 * 57_344)
     assert (plan.activation_bytes, plan.staging_bytes) == (activations, 0)
     assert plan.logits_bytes == 152_064 * (2 + 6 * 4)
-    assert plan.reserve_bytes == (gpu_reserve(activations) if on_gpu else CPU_RESERVE_BYTES)
+    assert plan.reserve_bytes == (
+        gpu_reserve(activations, budget.context_bytes) if on_gpu else CPU_RESERVE_BYTES
+    )
 
 
 def test_a_gpus_reserve_is_the_cuda_context_and_the_allocators_slack():
-    assert gpu_reserve(0) == CUDA_CONTEXT_BYTES + CUDA_SLACK_BYTES
-    assert gpu_reserve(200 * 2**20) - gpu_reserve(0) == 10 * 2**20
+    assert gpu_reserve(0, 700 * 10**6) == 700 * 10**6 + CUDA_SLACK_BYTES
+    assert gpu_reserve(200 * 2**20, GB) - gpu_reserve(0, GB) == 10 * 2**20
 
 
 @pytest.mark.parametrize("name", ["7b", "7b windowed", "0.5b tied"])

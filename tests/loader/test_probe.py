@@ -17,8 +17,8 @@ from loader.probe import Gpu, Machine
 
 GIB = 2**30
 FAKE_NVML = Path(__file__).parents[1] / "e2e" / "fake_nvml.c"
-FIRST = ["Fake 8 GiB", "GPU-aaaaaaaa-0000-0000-0000-000000000000", 8 * GIB, 7 * GIB]
-SECOND = ["Fake 16 GiB", "GPU-bbbbbbbb-1111-1111-1111-111111111111", 16 * GIB, 15 * GIB]
+FIRST = ["Fake 8 GiB", "GPU-aaaaaaaa-0000-0000-0000-000000000000", 8 * GIB, 7 * GIB, 34]
+SECOND = ["Fake 16 GiB", "GPU-bbbbbbbb-1111-1111-1111-111111111111", 16 * GIB, 15 * GIB, None]
 # Prints, for each CUDA_VISIBLE_DEVICES in a JSON list, the GPUs that machine() finds.
 SHOW = """
 import json, os, sys
@@ -27,7 +27,10 @@ def gpus(visible):
     os.environ.pop("CUDA_VISIBLE_DEVICES", None)
     if visible is not None:
         os.environ["CUDA_VISIBLE_DEVICES"] = visible
-    return [[g.device, g.name, g.uuid, g.total_bytes, g.free_bytes] for g in probe.machine().gpus]
+    return [
+        [g.device, g.name, g.uuid, g.total_bytes, g.free_bytes, g.multiprocessors]
+        for g in probe.machine().gpus
+    ]
 print(json.dumps([gpus(visible) for visible in json.loads(sys.argv[1])]))
 """
 linux = pytest.mark.skipif(sys.platform != "linux", reason="/proc, and a library faked for Linux's loader")

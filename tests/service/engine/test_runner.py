@@ -6,6 +6,7 @@ import pytest
 import torch
 from transformers import DynamicCache
 
+from loader.arena import ALIGN_BYTES
 from loader.checkpoint import ModelSpec
 from loader.footprint import measure
 from service.engine.cache import CacheOverflow
@@ -148,3 +149,18 @@ def test_a_device_that_cannot_add_is_lost(tiny, monkeypatch):
     monkeypatch.setattr(torch, "ones", broken)
     with pytest.raises(DeviceLost, match="illegal memory access"):
         runner.check_device()
+
+
+@pytest.mark.parametrize("family", ["qwen2", "gemma3_text"])
+def test_all_keys_and_values_are_parts_of_one_buffer(tiny, family):
+    runner = runner_of(tiny(family), concurrency=3)
+    stores = [store for cache in runner._caches for layer in cache.layers for store in layer._stores]
+    (buffer,) = {store.untyped_storage().data_ptr() for store in stores}
+    assert buffer <= min(store.data_ptr() for store in stores)
+    assert stores[0].untyped_storage().nbytes() < runner.kv_bytes + len(stores) * ALIGN_BYTES
+
+
+def test_cudnns_attention_which_plans_every_length_anew_is_off(tiny):
+    torch.backends.cuda.enable_cudnn_sdp(True)
+    runner_of(tiny())
+    assert not torch.backends.cuda.cudnn_sdp_enabled()
