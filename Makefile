@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 
-.PHONY: serve test check format demo-model bench
+.PHONY: serve test check format demo-model demo-adapter bench
 
 serve: $(VENV)/installed
 	$(BIN)/snugfit serve $(MODEL)
@@ -26,6 +26,10 @@ format: $(VENV)/installed-dev
 # Replaces service/demo when the evaluation passes; about 35 minutes on 2 cores.
 demo-model: $(VENV)/installed-dev
 	$(BIN)/python -m demo_model.train
+
+# Replaces examples/pirate-adapter when the evaluation passes; about 7 minutes of CPU time.
+demo-adapter: $(VENV)/installed-dev
+	$(BIN)/python -m demo_model.adapter
 
 bench: $(VENV)/installed-dev
 	$(BIN)/python -m benchmarks.make_model 0.5b build/models/0.5b

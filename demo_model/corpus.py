@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from demo_model import evaluate
@@ -20,7 +21,11 @@ class Corpus:
 def generate(seed: int, count: int) -> Corpus:
     held_out = evaluate.HeldOut(evaluate.read())
     kept = [dialogue for dialogue in dialogues(seed, count) if not held_out.is_in(dialogue)]
+    return Corpus(kept, count, sha256_of(kept))
+
+
+def sha256_of(dialogues: Sequence[Sequence[Message]]) -> str:
     digest = hashlib.sha256()
-    for dialogue in kept:
+    for dialogue in dialogues:
         digest.update(json.dumps(dialogue, ensure_ascii=False).encode() + b"\n")
-    return Corpus(kept, count, digest.hexdigest())
+    return digest.hexdigest()

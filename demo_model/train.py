@@ -40,6 +40,13 @@ REPORT_SECONDS = 30
 
 
 @dataclass(frozen=True)
+class Schedule:
+    tokens_per_batch: int = TOKENS_PER_BATCH
+    peak_rate: float = PEAK_RATE
+    warmup_steps: int = WARMUP_STEPS
+
+
+@dataclass(frozen=True)
 class Training:
     seconds: float
     steps: int
@@ -64,20 +71,27 @@ def shape() -> Qwen2Config:
     )
 
 
-def train(model: Qwen2ForCausalLM, corpus: Corpus, folder: Path, seed: int) -> Training:
-    """One pass over the corpus: AdamW, linear warm-up and cosine down to a fiftieth of the peak rate."""
+def train(
+    model: Qwen2ForCausalLM, corpus: Corpus, folder: Path, seed: int, schedule: Schedule | None = None
+) -> Training:
+    """One pass over the corpus: AdamW, linear warm-up and cosine down to a fiftieth of the peak rate.
+
+    `folder` holds tokenizer.json. Parameters that need no gradient stay as they are.
+    """
     from tokenizers import Tokenizer
 
     examples = encode(Tokenizer.from_file(str(folder / "tokenizer.json")), corpus.dialogues)
-    todo = list(batches(examples, TOKENS_PER_BATCH, pad=0, seed=seed))
+    schedule = schedule or Schedule()
+    todo = list(batches(examples, schedule.tokens_per_batch, pad=0, seed=seed))
+    learnt = [parameter for parameter in model.parameters() if parameter.requires_grad]
     optimizer = torch.optim.AdamW(
-        model.parameters(), lr=PEAK_RATE, betas=(0.9, 0.98), weight_decay=0.05, fused=True
+        learnt, lr=schedule.peak_rate, betas=(0.9, 0.98), weight_decay=0.05, fused=True
     )
     started = reported = time.perf_counter()
     loss = math.nan
     for step, (ids, mask) in enumerate(todo):
         for group in optimizer.param_groups:
-            group["lr"] = PEAK_RATE * _rate(step, len(todo))
+            group["lr"] = schedule.peak_rate * _rate(step, len(todo), schedule.warmup_steps)
         loss = _step(model, optimizer, ids, mask)
         if time.perf_counter() - reported > REPORT_SECONDS:
             reported = time.perf_counter()
@@ -86,8 +100,8 @@ def train(model: Qwen2ForCausalLM, corpus: Corpus, folder: Path, seed: int) -> T
     return Training(time.perf_counter() - started, len(todo), tokens, loss)
 
 
-def _rate(step: int, steps: int) -> float:
-    warm = min(1.0, (step + 1) / WARMUP_STEPS)
+def _rate(step: int, steps: int, warmup_steps: int) -> float:
+    warm = min(1.0, (step + 1) / warmup_steps)
     return warm * (0.02 + 0.98 * 0.5 * (1 + math.cos(math.pi * step / steps)))
 
 
