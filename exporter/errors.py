@@ -77,3 +77,19 @@ class VerificationFailed(ExportError):
         self.problems = tuple(problems)
         more = f" (and {len(problems) - 5} more)" if len(problems) > 5 else ""
         super().__init__(f"{source}: {'; '.join(problems[:5])}{more}")
+
+
+class UnknownLayout(ExportError):
+    """A tensor that the architecture has no place for, or two that would get one name."""
+
+    def __init__(self, tensor: str, reason: str) -> None:
+        self.tensor = tensor
+        super().__init__(f"{tensor}: {reason}")
+
+
+class BadVocabulary(ExportError):
+    """A tokenizer's file that cannot be read, or is of a kind that cannot be converted."""
+
+    def __init__(self, file: str, reason: str) -> None:
+        self.file = file
+        super().__init__(f"{file}: {reason}")

@@ -37,8 +37,8 @@ class Update(Protocol):
     def open(self, inputs: Inputs, before: ReadRows) -> ChangeRows:
         """Read the adapter's small matrices and begin. Rows come from first to last, each once.
 
-        `before` gives rows of the output tensor as they are before this update, in fp32, for what must look at
-        the whole tensor first. It must not be called any more when `open` has returned.
+        `before` gives rows of the output tensor as they are before this update, in fp32, for what must look
+        at the whole tensor first. It must not be called any more when `open` has returned.
         """
         ...
 

@@ -26,6 +26,10 @@ if TYPE_CHECKING:
 ReadRows = Callable[[int, int], "torch.Tensor"]
 
 
+# An adapter of stacked experts has two matrices for gate and up, and two for down.
+KEPT_TENSORS = 4
+
+
 def matrix(shape: tuple[int, ...]) -> tuple[int, int]:
     """(rows, columns) of a tensor of this shape."""
     return (prod(shape[:-1]), shape[-1]) if len(shape) > 1 else (prod(shape), 1)
@@ -45,6 +49,10 @@ class Stored:
     @property
     def shape(self) -> tuple[int, ...]:
         return self.info.shape
+
+    @property
+    def n_elements(self) -> int:
+        return prod(self.info.shape)
 
 
 class Weight(Protocol):
@@ -105,6 +113,7 @@ class Inputs:
     def __init__(self) -> None:
         self._files: dict[Path, int] = {}
         self._buffers: dict[str, torch.Tensor] = {}
+        self._kept: dict[Stored, torch.Tensor] = {}
 
     def tensor(self, stored: Stored) -> torch.Tensor:
         """A small tensor, whole, in memory of its own and in its own dtype and shape."""
@@ -117,19 +126,24 @@ class Inputs:
             self._read(stored, _bytes_of(out), 0)
         return out
 
+    def kept(self, stored: Stored) -> torch.Tensor:
+        """As `tensor`, for what several tensors of the output are made from one after the other: the last few
+        are kept, and nobody may change them."""
+        if stored not in self._kept:
+            self._kept[stored] = self.tensor(stored)
+            while len(self._kept) > KEPT_TENSORS:
+                del self._kept[next(iter(self._kept))]
+        return self._kept[stored]
+
     def rows(self, stored: Stored, start: int, stop: int) -> torch.Tensor:
         """Rows of a tensor in its own dtype; the next call for the same dtype may overwrite them."""
-        import torch
-
         from loader.shards import torch_dtype
 
         columns = matrix(stored.shape)[1]
         dtype = torch_dtype(stored.info.dtype)
         out = self._buffer(stored.info.dtype, dtype, (stop - start) * columns).view(stop - start, columns)
         if out.numel():
-            self._read(
-                stored, memoryview(out.view(-1).view(torch.uint8).numpy()), start * columns * dtype.itemsize
-            )
+            self._read(stored, _bytes_of(out), start * columns * dtype.itemsize)
         return out
 
     def columns(self, stored: Stored, start: int, stop: int) -> torch.Tensor:
@@ -178,6 +192,7 @@ class Inputs:
         return self._buffers[name][:numel]
 
     def close(self) -> None:
+        self._kept.clear()
         while self._files:
             os.close(self._files.popitem()[1])
 

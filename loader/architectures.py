@@ -56,7 +56,7 @@ def _refusal(model_type: str, config: Mapping[str, Any]) -> str | None:
 
 def _unknown(model_type: str, config: Mapping[str, Any]) -> str:
     installed = f"transformers {version('transformers')}"
-    if model_type in _names(*_KNOWN):
+    if knows(model_type):
         return f"{installed} has it, but not as a causal language model."
     if config.get("auto_map"):
         return (
@@ -68,6 +68,11 @@ def _unknown(model_type: str, config: Mapping[str, Any]) -> str:
 
 def _is_causal(name: str, causal: Mapping[str, str]) -> bool:
     return any(word in name for word in _CAUSAL_WORDS) or name in causal.values()
+
+
+def knows(model_type: str) -> bool:
+    """Whether the installed transformers has classes of its own for a model_type."""
+    return model_type in _names(*_KNOWN)
 
 
 def causal_classes() -> Mapping[str, str]:

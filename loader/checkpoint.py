@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import re
 from collections import Counter
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -79,10 +79,15 @@ def read(source: str | Path, revision: str | None = None) -> ModelSpec:
     commit of a hub model. Raises BadCheckpoint, of which every cause is a type, HubError, or BadPlanRequest
     for a revision of something that has none.
     """
-    try:
-        return read_files(_locate(str(source), revision))
-    except OSError as err:
-        raise NotAModel(str(source), f"cannot be read: {err.strerror or err} ({err.filename}).") from err
+    return _read(source, revision, read_files)
+
+
+def read_any(source: str | Path, revision: str | None = None) -> ModelSpec:
+    """As `read`, for a model of any architecture and however quantized: one to convert, not one to load.
+
+    A generation_config.json that cannot be read counts as none.
+    """
+    return _read(source, revision, _read_any)
 
 
 def read_files(files: ModelFiles) -> ModelSpec:
@@ -90,11 +95,37 @@ def read_files(files: ModelFiles) -> ModelSpec:
     config = _config(files)
     check_architecture(files.source, config)
     _refuse_quantized_config(files.source, config)
-    generation_config = _json(files, GENERATION_CONFIG) if GENERATION_CONFIG in files.names else {}
+    spec = _contents(files, _generation_config(files))
+    _refuse_quantized_tensors(files.source, spec.tensors)
+    return spec
+
+
+def _read(
+    source: str | Path, revision: str | None, read_there: Callable[[ModelFiles], ModelSpec]
+) -> ModelSpec:
+    try:
+        return read_there(_locate(str(source), revision))
+    except OSError as err:
+        raise NotAModel(str(source), f"cannot be read: {err.strerror or err} ({err.filename}).") from err
+
+
+def _read_any(files: ModelFiles) -> ModelSpec:
+    try:
+        generation_config = _generation_config(files)
+    except NoConfig:  # no reason not to convert the weights
+        generation_config = {}
+    return _contents(files, generation_config)
+
+
+def _generation_config(files: ModelFiles) -> Mapping[str, Any]:
+    return _json(files, GENERATION_CONFIG) if GENERATION_CONFIG in files.names else {}
+
+
+def _contents(files: ModelFiles, generation_config: Mapping[str, Any]) -> ModelSpec:
+    config = _config(files)
     shards, index = _shards(files)
     tensors = files.tensors(shards)
     _check_names(files.source, tensors, index)
-    _refuse_quantized_tensors(files.source, tensors)
     _refuse_tokenizer_pointers(files)
     return ModelSpec(files.source, files.path, config, tuple(tensors), generation_config, files.commit)
 
@@ -235,7 +266,7 @@ def _check_names(source: str, tensors: list[TensorInfo], index: Mapping[str, str
         )
 
 
-def _refuse_quantized_tensors(source: str, tensors: list[TensorInfo]) -> None:
+def _refuse_quantized_tensors(source: str, tensors: Iterable[TensorInfo]) -> None:
     for tensor in tensors:
         if method := _QUANTIZED_TENSORS.get(tensor.name.rpartition(".")[2]):
             raise QuantizedCheckpoint(source, f"{method}: it has {tensor.name}")

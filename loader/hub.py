@@ -60,11 +60,12 @@ def files(source: str, revision: str | None = None) -> ModelFiles:
     return HubFiles(source, repo, commit, frozenset(name for name in names if "/" not in name))
 
 
-def download(source: str, commit: str | None = None) -> Path:
+def download(source: str, commit: str | None = None, more: tuple[str, ...] = ()) -> Path:
     """Fetch what `files` left on the hub, with a progress bar, and give the model's folder in the cache.
 
     With `ModelSpec.source` and `ModelSpec.revision` that is just what was planned. What is in the cache
-    already is not fetched again. Raises HubError.
+    already is not fetched again. `more` are patterns of files to fetch besides: a licence, for who writes the
+    model on. Raises HubError.
     """
     from huggingface_hub import snapshot_download
 
@@ -73,7 +74,7 @@ def download(source: str, commit: str | None = None) -> Path:
         revision = commit
     with explained(source, revision):
         folder = snapshot_download(
-            repo, revision=revision, allow_patterns=[*WANTED], ignore_patterns=[*UNWANTED]
+            repo, revision=revision, allow_patterns=[*WANTED, *more], ignore_patterns=[*UNWANTED]
         )
     return Path(folder)
 

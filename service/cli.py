@@ -10,6 +10,7 @@ import importlib
 import io
 import logging
 import os
+import subprocess
 import sys
 import traceback
 from argparse import RawDescriptionHelpFormatter
@@ -26,10 +27,11 @@ TRY_HELP = "Try 'snugfit --help'."
 
 @dataclass(frozen=True)
 class Command:
-    """One subcommand; `module` has `run(argv) -> exit code`."""
+    """One subcommand: `module` has `run(argv) -> exit code`, or is a program (`python -m module`)."""
 
     module: str
     sentence: str
+    is_program: bool = False
 
 
 COMMANDS = {
@@ -37,6 +39,12 @@ COMMANDS = {
         "service.plan_command", "what goes where, and how much context fits, before a weight is read"
     ),
     "serve": Command("service.serve_command", "load a model inside a memory budget and serve the OpenAI API"),
+    "export": Command(
+        "exporter",
+        "merge LoRA adapters into a base of any precision; write bf16 safetensors",
+        is_program=True,
+    ),
+    "verify": Command("exporter", "read a finished export again and compare every byte", is_program=True),
     "chat": Command("service.chat_client", "talk to a running server in the terminal, or start one"),
 }
 
@@ -60,7 +68,8 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _dispatch(argv: Sequence[str]) -> int:
     if argv and argv[0] in COMMANDS:
-        return _run(COMMANDS[argv[0]], argv[1:])
+        command = COMMANDS[argv[0]]
+        return _become(command.module, argv) if command.is_program else _run(command, argv[1:])
     if argv and not argv[0].startswith("-"):
         raise UsageError([f"{argv[0]}: no such command{nearest(argv[0], COMMANDS)} {TRY_HELP}"])
     _top_parser().parse(argv or ["--help"])
@@ -70,6 +79,15 @@ def _dispatch(argv: Sequence[str]) -> int:
 def _run(command: Command, argv: Sequence[str]) -> int:
     code: int = importlib.import_module(command.module).run(argv)
     return code
+
+
+def _become(module: str, argv: Sequence[str]) -> int:
+    """Run the program in this process's place, so that signals and the exit code are its own."""
+    sys.stdout.flush()
+    arguments = [sys.executable, "-m", module, *argv]
+    if os.name == "nt":  # there exec leaves the shell behind, which thinks that the command has ended
+        return subprocess.call(arguments)
+    os.execv(sys.executable, arguments)  # noqa: S606
 
 
 def _top_parser() -> Parser:

@@ -1,0 +1,200 @@
+"""Carries a plan out: shards, small files, manifest, rename."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from exporter import manifest
+from exporter.errors import BadSpec, OutputDiffers, VerificationFailed
+from exporter.fingerprint import file_sha256
+from exporter.manifest import Manifest
+from exporter.merge import Change, merge, same
+from exporter.outputs import files as outputs
+from exporter.outputs.oci import write_layout
+from exporter.plan import ExportPlan
+from exporter.progress import Report
+from exporter.quantization.phantoms import check_zero
+from exporter.shards import OutputShard, output_bytes, output_dtype
+from exporter.staging import Finished, Staging, check_out
+from exporter.verify import check_headers
+from exporter.weights import Inputs
+from exporter.writer import Writer, Written
+from loader.errors import TiedWeightsDiffer
+
+if TYPE_CHECKING:
+    from exporter.logits.compare import LogitsReport
+
+
+@dataclass(frozen=True, slots=True)
+class Exported:
+    """A finished export."""
+
+    manifest: Manifest
+    was_done: bool = False  # the folder held this very export already
+    kept_shards: int = 0  # of an earlier run that was cut short
+    logits: LogitsReport | None = None  # with --check-logits
+    oci_digest: str | None = None  # with --oci: of the image's manifest
+
+
+def export(plan: ExportPlan, report: Report = lambda *_: None) -> Exported:
+    """Write the output folder of a plan, or find that it is there already.
+
+    Raises OutputDiffers, Busy, BadAdapter, BadQuantization, VerificationFailed, or OSError of the disk.
+    """
+    done = finished_before(plan)
+    if done is not None:
+        exported = Exported(done, was_done=True, logits=_check_logits(plan, plan.spec.out))
+    else:
+        exported = _export(plan, report)
+    return replace(exported, oci_digest=_write_layout(plan, exported.manifest))
+
+
+def _export(plan: ExportPlan, report: Report) -> Exported:
+    sizes = {shard.file: shard.n_bytes for shard in plan.shards}
+    with Staging(plan.spec.out, plan.sha256, sizes) as staging:
+        kept = len(staging.finished)
+        _check_leftovers(plan)
+        _write_shards(plan, staging, report)
+        changes = [c for shard in plan.shards for c in staging.finished[shard.file].changes]
+        _refuse_no_effect(plan, changes)
+        small = [staging.write(name, content) for name, content in outputs.files(plan, staging.finished)]
+        weights = [staging.finished[shard.file].written for shard in plan.shards]
+        made = Manifest(plan.sha256, plan.made_of, (*weights, *small), tuple(changes))
+        staging.write(manifest.NAME, made.to_json())
+        check_headers(staging.folder)
+        logits = _check_logits(plan, staging.folder)
+        staging.publish()
+    return Exported(made, kept_shards=kept, logits=logits)
+
+
+def finished_before(plan: ExportPlan) -> Manifest | None:
+    """The manifest of the output folder, where it holds this export. Raises where it holds anything else."""
+    out = plan.spec.out
+    check_out(out)
+    if not out.exists() or not any(out.iterdir()):
+        return None
+    found = manifest.read(out)
+    if found is not None and found.plan_sha256 == plan.sha256:
+        return found
+    if found is None:
+        raise BadSpec(
+            f"--out {out}: is not empty, and no export of snugfit's. Give a folder that is not there yet."
+        )
+    if not plan.spec.overwrite:
+        raise OutputDiffers(
+            f"{out}: holds another export ({_difference(found, plan)}). Give another --out, or --overwrite."
+        )
+    return None
+
+
+def _difference(found: Manifest, plan: ExportPlan) -> str:
+    keys = [key for key, value in plan.made_of.items() if found.made_of.get(key) != value]
+    keys += [key for key in found.made_of if key not in plan.made_of]
+    return "another " + ", ".join(key.replace("_", " ") for key in keys)
+
+
+def _check_logits(plan: ExportPlan, folder: Path) -> LogitsReport | None:
+    """With --check-logits. Raises VerificationFailed when the folder is not base + adapter."""
+    if not plan.spec.check_logits:
+        return None
+    from exporter.logits.compare import compare
+
+    with one_thread():
+        found = compare(plan.recipes, folder)
+    if not found.passed:
+        raise VerificationFailed(str(plan.spec.out), found.problems)
+    return found
+
+
+def _write_layout(plan: ExportPlan, made: Manifest) -> str | None:
+    if plan.spec.oci is None:
+        return None
+    described = plan.spec.out / manifest.NAME
+    files = (*made.files, Written(manifest.NAME, described.stat().st_size, file_sha256(described)))
+    title = {"org.opencontainers.image.title": plan.spec.out.absolute().name}
+    return write_layout(plan.spec.out, plan.spec.oci, files, title, overwrite=plan.spec.overwrite)
+
+
+# Weights
+
+
+def _check_leftovers(plan: ExportPlan) -> None:
+    """What is left out must be without effect: biases all zero, two copies of a tied matrix the same."""
+    with Inputs() as inputs:
+        for weight in plan.must_be_zero:
+            check_zero(inputs, weight)
+        for kept, copy in plan.must_be_equal:
+            if not same(kept, copy, inputs):
+                raise TiedWeightsDiffer(plan.spec.base, kept.name, copy.name)
+
+
+def _write_shards(plan: ExportPlan, staging: Staging, report: Report) -> None:
+    todo = [shard for shard in plan.shards if shard.file not in staging.finished]
+    done_bytes = plan.total_bytes - sum(shard.n_bytes for shard in todo)
+    with one_thread(), Inputs() as inputs, Writer(staging.folder) as writer:
+        for shard in todo:
+            done_bytes = _write_shard(
+                shard, inputs, writer, staging, _Progress(report, plan, shard, done_bytes)
+            )
+        writer.wait()
+
+
+@contextmanager
+def one_thread() -> Iterator[None]:
+    """A block fits one core's cache and takes less time than waking another core; that one hashes."""
+    import torch
+
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
+@dataclass(slots=True)
+class _Progress:
+    report: Report
+    plan: ExportPlan
+    shard: OutputShard
+    done_bytes: int
+
+    def add(self, n_bytes: int) -> None:
+        self.done_bytes += n_bytes
+        self.report(self.done_bytes, self.plan.total_bytes, self.shard.file)
+
+
+def _write_shard(
+    shard: OutputShard, inputs: Inputs, writer: Writer, staging: Staging, progress: _Progress
+) -> int:
+    """Merge the shard's tensors one after the other; gives the bytes of the export that are done then."""
+    from loader.shards import torch_dtype
+
+    writer.begin(shard.file, shard.header)
+    progress.add(len(shard.header))
+    changes: list[Change] = []
+    for recipe in shard.recipes:
+        room = partial(writer.room, dtype=torch_dtype(output_dtype(recipe)))
+        change = merge(recipe, inputs, room)
+        changes += [change] if change is not None else []
+        progress.add(output_bytes(recipe))
+    writer.finish(lambda written: staging.record(Finished(written, tuple(changes))))
+    return progress.done_bytes
+
+
+def _refuse_no_effect(plan: ExportPlan, changes: Sequence[Change]) -> None:
+    """An export that came out equal to its base is a failure that nobody would notice."""
+    if not plan.adapters or any(change.changed for change in changes):
+        return
+    folders = {adapter.folder for adapter in plan.adapters}
+    if not any(stored.folder in folders for recipe in plan.recipes for stored in recipe.base.stored):
+        names = ", ".join(adapter.source for adapter in plan.adapters)
+        raise VerificationFailed(
+            names,
+            [f"not one of {len(changes)} merged tensors differs from the base: was the adapter trained?"],
+        )

@@ -1,0 +1,50 @@
+"""What makes two exports the same: the base, the adapters and the options, as one sha256.
+
+A base is too large to be hashed before every run. Its config, its headers and the first bytes of every tensor
+stand for it: another fine-tune of the same shapes, or a file that was fetched anew and differs, shows there.
+Adapters are small and are hashed whole.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from loader.checkpoint import ModelSpec
+
+SAMPLE_BYTES = 4096
+
+
+def sha256_of(content: Mapping[str, Any]) -> str:
+    """Of the JSON of something, whatever the order of its keys."""
+    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
+
+
+def base_sha256(spec: ModelSpec) -> str:
+    """Of a base on this machine: config, generation config, every header, a sample of every tensor."""
+    assert spec.path is not None
+    digest = hashlib.sha256()
+    described = {"config": dict(spec.config), "generation": dict(spec.generation_config)}
+    digest.update(json.dumps(described, sort_keys=True).encode())
+    opened: dict[str, int] = {}
+    try:
+        for tensor in sorted(spec.tensors, key=lambda t: t.name):
+            if tensor.file not in opened:
+                opened[tensor.file] = os.open(
+                    spec.path / tensor.file, os.O_RDONLY | getattr(os, "O_BINARY", 0)
+                )
+            digest.update(f"{tensor.name} {tensor.dtype} {tensor.shape}\n".encode())
+            digest.update(os.pread(opened[tensor.file], min(SAMPLE_BYTES, tensor.n_bytes), tensor.start))
+    finally:
+        for descriptor in opened.values():
+            os.close(descriptor)
+    return digest.hexdigest()
+
+
+def file_sha256(path: Path) -> str:
+    with path.open("rb") as stream:
+        return hashlib.file_digest(stream, "sha256").hexdigest()

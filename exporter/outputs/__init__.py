@@ -1,0 +1,1 @@
+"""The files of the output that hold no weights, and its packaging."""
