@@ -9,7 +9,7 @@ serve: $(VENV)/installed
 	$(BIN)/snugfit serve $(MODEL)
 
 test: $(VENV)/installed-dev
-	$(BIN)/python -m pytest
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile
 
 check: $(VENV)/installed-dev
 	$(BIN)/ruff check .

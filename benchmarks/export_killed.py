@@ -1,8 +1,9 @@
 """Kills an export at random moments: python -m benchmarks.export_killed MODEL ADAPTER [--kills 20].
 
 Every time it is started again by the same command, as Kubernetes does. Looked at after each kill: that
-nothing stands under the output's name, and how many shards were begun and are not in the journal, which the
-next run writes again. At the end: whether every file is the same as that of an export which nobody disturbed.
+nothing stands under the output's name but a whole export (a kill may come after the rename), and how many
+shards were begun and are not in the journal, which the next run writes again. At the end: whether every file
+is the same as that of an export which nobody disturbed.
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from exporter import manifest
+from exporter.errors import VerificationFailed
 from exporter.staging import JOURNAL, MODEL, staging_folder
 
 
@@ -42,13 +44,28 @@ def unfinished_shards(out: Path) -> tuple[int, int]:
     return max(lines, 0), max(shards - max(lines, 0), 0)
 
 
+def is_half_written(out: Path) -> bool:
+    """Whether something is under the output's name and is not whole, by its manifest and all sizes."""
+    if not out.exists():
+        return False
+    try:
+        found = manifest.read(out)
+    except VerificationFailed:
+        return True
+    return found is None or any(size_of(out / file.file) != file.n_bytes for file in found.files)
+
+
+def size_of(path: Path) -> int | None:
+    return path.stat().st_size if path.is_file() else None
+
+
 def bench(arguments: argparse.Namespace, work: Path) -> dict[str, Any]:
     started = time.perf_counter()
     if start(arguments, work / "undisturbed").wait():
         raise SystemExit("the export failed without being killed")
     seconds = time.perf_counter() - started
     dice, out = random.Random(arguments.seed), work / "killed"
-    visible, redone, kept, kills = 0, [], 0, 0
+    partial, redone, kept, kills = 0, [], 0, 0
     while kills < arguments.kills:
         process = start(arguments, out)
         time.sleep(dice.uniform(0, seconds))
@@ -59,7 +76,7 @@ def bench(arguments: argparse.Namespace, work: Path) -> dict[str, Any]:
         kills += 1
         kept, begun = unfinished_shards(out)
         redone.append(begun)
-        visible += out.exists()
+        partial += is_half_written(out)
         print(
             f"  kill {kills}: {kept} shards kept, {begun} to be written again, visible: {out.exists()}",
             flush=True,
@@ -67,11 +84,11 @@ def bench(arguments: argparse.Namespace, work: Path) -> dict[str, Any]:
     if start(arguments, out).wait():
         raise SystemExit("the last run failed")
     same = hashes(out) == hashes(work / "undisturbed")
-    print(f"same files: {same}; at most {max(redone)} shards written again; visible half-written: {visible}")
+    print(f"same files: {same}; at most {max(redone)} shards written again; visible half-written: {partial}")
     return {
         "benchmark": "export_killed", "model": arguments.model.name, "kills": kills, "same_files": same,
         "shards": len([name for name in hashes(out) if name.endswith(".safetensors")]),
-        "most_shards_redone": max(redone), "visible_half_written": visible,
+        "most_shards_redone": max(redone), "visible_half_written": partial,
     }  # fmt: skip
 
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 import argparse
 import json
 import re
+from collections.abc import Mapping
 from pathlib import Path
 
 from loader import checkpoint
@@ -17,17 +18,19 @@ _LINEAR = re.compile(r"(.*layers\.\d+\..*\.(\w+_proj))\.(weight|qweight)")
 
 
 def make(model: Path, folder: Path, rank: int = 16, seed: int = 0) -> Path:
-    """Write the adapter for the linear layers of `model` (plain or GPTQ) into `folder` and return it."""
+    """Write the adapter for the linear layers of `model` (plain, or GPTQ of any width); gives `folder`."""
     import torch
     from safetensors.torch import save_file
 
     generator = torch.Generator().manual_seed(seed)
     tensors, targets = {}, set()
-    for info in checkpoint.read_any(model).tensors:
+    infos = checkpoint.read_any(model).tensors
+    shapes = {info.name: info.shape for info in infos}
+    for info in infos:
         if not (match := _LINEAR.fullmatch(info.name)):
             continue
         targets.add(match[2])
-        rows, columns = info.shape if match[3] == "weight" else (info.shape[1], info.shape[0] * 8)
+        rows, columns = info.shape if match[3] == "weight" else _unpacked(shapes, match[1])
         for name, shape in (("lora_A", (rank, columns)), ("lora_B", (rows, rank))):
             values = torch.empty(shape).normal_(0, 0.02, generator=generator)
             tensors[f"base_model.model.{match[1]}.{name}.weight"] = values
@@ -37,6 +40,12 @@ def make(model: Path, folder: Path, rank: int = 16, seed: int = 0) -> Path:
         json.dumps(config(model.name, rank, sorted(targets)), indent=1)
     )
     return folder
+
+
+def _unpacked(shapes: Mapping[str, tuple[int, ...]], layer: str) -> tuple[int, int]:
+    """(outputs, inputs) of a GPTQ layer: qzeros packs the outputs as tightly as qweight packs the inputs."""
+    packed, outputs = shapes[f"{layer}.qweight"]
+    return outputs, packed * outputs // shapes[f"{layer}.qzeros"][1]
 
 
 def config(base: str, rank: int, targets: list[str]) -> dict[str, object]:

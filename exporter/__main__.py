@@ -8,21 +8,26 @@ from __future__ import annotations
 
 import errno
 import importlib
+import io
+import os
 import signal
 import sys
 from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path
 from types import FrameType
 from typing import NoReturn
 
 from exporter.errors import Stopped
-from loader.errors import EXIT_BAD_INPUT, EXIT_DOES_NOT_FIT, EXIT_RETRY, LoaderError
+from loader.errors import EXIT_BAD_INPUT, EXIT_DOES_NOT_FIT, EXIT_RETRY, EXIT_USAGE, LoaderError
 from loader.usage import UsageError
 
 COMMANDS = {"export": "exporter.command", "verify": "exporter.verify_command"}
 # Where Kubernetes reads why a container ended (terminationMessagePath, its default).
 TERMINATION_LOG = Path("/dev/termination-log")
 EXIT_INTERRUPTED = 130
+OUT_OF_MEMORY = "out of memory: give the container more, 1GiB is enough for any model."
+TORCH_OUT_OF_MEMORY = "can't allocate memory"  # all that its RuntimeError differs in
 KEPT = "Finished shards are kept: the same command goes on from there."
 
 _FULL = frozenset({errno.ENOSPC, errno.EDQUOT, errno.EFBIG})
@@ -35,7 +40,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run one command and return the process's exit code."""
     argv = list(sys.argv[1:] if argv is None else argv)
     name = argv.pop(0) if argv and argv[0] in COMMANDS else "export"
+    if not hasattr(os, "preadv"):
+        return _end(EXIT_USAGE, "snugfit export needs Linux or macOS.")
     signal.signal(signal.SIGTERM, _stop)
+    _never_fail_on_a_character()
     try:
         code: int = importlib.import_module(COMMANDS[name]).run(argv)
         return code
@@ -46,11 +54,20 @@ def main(argv: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         return _end(EXIT_INTERRUPTED, f"stopped. {KEPT}")
     except MemoryError:
-        return _end(
-            EXIT_DOES_NOT_FIT, "out of memory: give the container more, 1GiB is enough for any model."
-        )
+        return _end(EXIT_DOES_NOT_FIT, OUT_OF_MEMORY)
+    except RuntimeError as err:
+        if TORCH_OUT_OF_MEMORY in str(err):
+            return _end(EXIT_DOES_NOT_FIT, OUT_OF_MEMORY)
+        raise
     except OSError as err:
         return _end(*_disk_error(err))
+
+
+def _never_fail_on_a_character() -> None:
+    """A terminal that cannot show a character gets a ? and not a traceback."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="replace")
 
 
 def _stop(_signal: int, _frame: FrameType | None) -> NoReturn:
@@ -71,7 +88,8 @@ def _end(code: int, *problems: str) -> int:
     for problem in problems:
         print(f"snugfit: error: {problem}", file=sys.stderr)
     if TERMINATION_LOG.exists():
-        TERMINATION_LOG.write_text("\n".join(problems)[:4096], encoding="utf-8")  # more is cut by Kubernetes
+        with suppress(OSError):  # not a reason for another exit code
+            TERMINATION_LOG.write_text("\n".join(problems)[:4096], encoding="utf-8")  # Kubernetes cuts there
     return code
 
 

@@ -36,6 +36,11 @@ def onto(base: ModelSpec, original: ModelSpec | None) -> Onto:
     notes = (f"left out, since it is computed: {', '.join(dropped[:3])}",) if dropped else ()
     if original is None:
         return Onto(tuple(weights), method(base), tuple(zero), notes=notes)
+    if method(base) is None:
+        reason = (
+            f"is 16-bit already; --original-base ({original.source}) is for quantized ones. Leave it out."
+        )
+        raise BadQuantization(base.source, reason)
     _refuse_quantized(original)
     originals, _ = layouts.renamed(base_weights(original), original.config)
     _refuse_another_model(base, original, weights, originals)

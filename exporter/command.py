@@ -3,22 +3,24 @@
 from __future__ import annotations
 
 import argparse
-import json
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from exporter import show
-from exporter.plan import ExportPlan, make_plan
-from exporter.progress import event, shown
+from exporter.destination import finished_before, refuse_bad_place
+from exporter.errors import NeedsDownload
+from exporter.logits.compare import check_comparable
+from exporter.plan import ExportPlan, keeps_remote_code, make_plan
+from exporter.progress import Bar, JsonLines, event, tell
 from exporter.room import check_room
-from exporter.spec import KEYS, USAGE, from_toml, make_spec
-from loader import hub
+from exporter.spec import KEYS, USAGE, ExportSpec, from_toml, make_spec
+from loader import checkpoint, hub
 from loader.usage import Parser
 
 # Of a hub model, besides what loading it takes.
-LICENCES = ("LICENSE*", "LICENCE*", "NOTICE*", "USE_POLICY*", "README.md")
+MORE = ("LICENSE*", "LICENCE*", "NOTICE*", "USE_POLICY*", "README.md", "additional_chat_templates/*")
 DESCRIPTION = (
     "Merges LoRA adapters into a base model of any usual precision (bf16, fp16, fp32, GPTQ, AWQ, "
     "bitsandbytes, compressed-tensors, fp8) and writes bf16 safetensors. Without an adapter it turns the "
@@ -30,46 +32,58 @@ def run(argv: Sequence[str]) -> int:
     """Exit code 0 when the export is there, whether this run or an earlier one made it."""
     parsed = _parser().parse(argv)
     spec = make_spec(_values(parsed))
-    plan = make_plan(spec)
-    if parsed.dry_run:
-        _print_plan(plan, as_json=parsed.json)
-        return 0
-    as_json = parsed.json or not sys.stdout.isatty()
+    as_json = parsed.json or not (parsed.dry_run or sys.stdout.isatty())
+    plan = _plan(spec)
+    _check(plan)
     _print_plan(plan, as_json)
-    plan = _with_weights_here(plan)
-    _carry_out(plan, as_json)
+    if not parsed.dry_run:
+        _carry_out(_with_weights_here(plan), as_json)
     return 0
 
 
-def _carry_out(plan: ExportPlan, as_json: bool) -> None:
-    from exporter.export import export, finished_before
+def _plan(spec: ExportSpec) -> ExportPlan:
+    try:
+        return make_plan(spec)
+    except NeedsDownload:  # the shapes of this format stand in its tensors
+        return make_plan(spec, base=hub.fetched(checkpoint.read_any(spec.base), MORE))
 
-    if finished_before(plan) is None:
+
+def _check(plan: ExportPlan) -> None:
+    """Everything that can be known before a weight is read: also for a dry run, and before a download."""
+    refuse_bad_place(plan)
+    if plan.spec.check_logits:
+        check_comparable(plan.spec.base, plan.config)
+    is_here = plan.carried is not None
+    if not is_here or finished_before(plan) is None:
         check_room(plan)
-    with shown(sys.stdout if as_json else sys.stderr) as report:
-        done = export(plan, report)
-    if as_json:
-        event(sys.stdout, "done", **show.summary_json(plan, done))
-    else:
-        print("\n".join(show.summary(plan, done)))
 
 
 def _with_weights_here(plan: ExportPlan) -> ExportPlan:
     """The same plan for files on this machine: what is on the hub is downloaded first."""
-    bases = [base for base in (plan.base, plan.original) if base is not None]
-    if not any(base.revision for base in bases):
+    if not any(base.revision for base in (plan.base, plan.original) if base is not None):
         return plan
-    for base in bases:
-        if base.revision is not None:
-            hub.download(base.source, base.revision, LICENCES)
-    return make_plan(plan.spec)
+    more = (*MORE, "*.py") if keeps_remote_code(plan.base) else MORE
+    original = hub.fetched(plan.original) if plan.original else None
+    return make_plan(plan.spec, hub.fetched(plan.base, more), original)
+
+
+def _carry_out(plan: ExportPlan, as_json: bool) -> None:
+    from exporter.export import export
+
+    if as_json:
+        done = export(plan, JsonLines(sys.stdout))
+        event(sys.stdout, "done", **show.summary_json(plan, done))
+        return
+    with Bar(sys.stderr) as bar:
+        done = export(plan, bar)
+    tell(sys.stdout, "\n".join(show.summary(plan, done)))
 
 
 def _print_plan(plan: ExportPlan, as_json: bool) -> None:
     if as_json:
-        print(json.dumps({"event": "plan", **show.plan_json(plan)}, ensure_ascii=False), flush=True)
+        event(sys.stdout, "plan", **show.plan_json(plan))
     else:
-        print("\n".join(show.plan_lines(plan)), flush=True)
+        tell(sys.stdout, "\n".join(show.plan_lines(plan)))
 
 
 def _values(parsed: argparse.Namespace) -> dict[str, Any]:

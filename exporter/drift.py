@@ -11,7 +11,7 @@ import json
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
-from exporter.manifest import layers, norm
+from exporter.manifest import layers, norm, short
 from exporter.merge import Change
 
 NAME = "snugfit_drift.json"
@@ -48,8 +48,8 @@ def by_layer(changes: Iterable[Change]) -> list[Drift]:
 def report(drifts: Iterable[Drift]) -> Mapping[str, bytes]:
     """The report file by its name; none where nothing was compared."""
     found = {
-        drift.layer: {"drift_norm": _short(drift.drift_norm), "update_norm": _short(drift.update_norm),
-                      "ratio": _short(drift.ratio) if drift.update_norm else None}
+        drift.layer: {"drift_norm": short(drift.drift_norm), "update_norm": short(drift.update_norm),
+                      "ratio": short(drift.ratio) if drift.update_norm else None}
         for drift in drifts
     }  # fmt: skip
     return {NAME: (json.dumps({"layers": found}, indent=2) + "\n").encode()} if found else {}
@@ -64,7 +64,3 @@ def warning(drifts: Iterable[Drift]) -> str | None:
         f"{worst.layer}: the original differs from what the adapter was trained on by {worst.ratio:.1f} "
         "times what the adapter changed. Compare with an export without --original-base before you use it."
     )
-
-
-def _short(number: float) -> float:
-    return float(f"{number:.5g}")

@@ -39,6 +39,10 @@ class BadQuantization(ExportError):
         super().__init__(f"{source}: {reason}")
 
 
+class NeedsDownload(BadQuantization):
+    """A quantized base on the hub whose shapes stand inside its files: planned once it is on this machine."""
+
+
 class DoesNotFit(ExportError):
     """The disk or the memory limit is too small; known before a weight is read."""
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
@@ -10,21 +10,22 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from exporter import manifest
-from exporter.errors import BadSpec, OutputDiffers, VerificationFailed
+from exporter.destination import finished_before
+from exporter.errors import BadAdapter, VerificationFailed
 from exporter.fingerprint import file_sha256
+from exporter.listener import Listener
 from exporter.manifest import Manifest
 from exporter.merge import Change, merge, same
 from exporter.outputs import files as outputs
 from exporter.outputs.oci import write_layout
 from exporter.plan import ExportPlan
-from exporter.progress import Report
 from exporter.quantization.phantoms import check_zero
 from exporter.shards import OutputShard, output_bytes, output_dtype
-from exporter.staging import Finished, Staging, check_out
+from exporter.staging import Finished, Staging, remove_leftover
 from exporter.verify import check_headers
-from exporter.weights import Inputs
+from exporter.weights import Inputs, Weight
 from exporter.writer import Writer, Written
-from loader.errors import TiedWeightsDiffer
+from loader.errors import LoaderError, TiedWeightsDiffer
 
 if TYPE_CHECKING:
     from exporter.logits.compare import LogitsReport
@@ -41,86 +42,75 @@ class Exported:
     oci_digest: str | None = None  # with --oci: of the image's manifest
 
 
-def export(plan: ExportPlan, report: Report = lambda *_: None) -> Exported:
+def export(plan: ExportPlan, listener: Listener | None = None) -> Exported:
     """Write the output folder of a plan, or find that it is there already.
 
-    Raises OutputDiffers, Busy, BadAdapter, BadQuantization, VerificationFailed, or OSError of the disk.
+    Raises BadSpec, OutputDiffers, Busy, BadAdapter, BadQuantization, VerificationFailed, or OSError.
     """
+    listener = listener or Listener()
     done = finished_before(plan)
     if done is not None:
-        exported = Exported(done, was_done=True, logits=_check_logits(plan, plan.spec.out))
+        remove_leftover(plan.spec.out)
+        exported = Exported(done, was_done=True, logits=_check_logits(plan, plan.spec.out, listener))
     else:
-        exported = _export(plan, report)
-    return replace(exported, oci_digest=_write_layout(plan, exported.manifest))
+        exported = _export(plan, listener)
+    return replace(exported, oci_digest=_write_layout(plan, exported.manifest, listener))
 
 
-def _export(plan: ExportPlan, report: Report) -> Exported:
+def _export(plan: ExportPlan, listener: Listener) -> Exported:
     sizes = {shard.file: shard.n_bytes for shard in plan.shards}
-    with Staging(plan.spec.out, plan.sha256, sizes) as staging:
+    with Staging(plan.spec.out, plan.run_sha256, sizes, listener.say) as staging:
         kept = len(staging.finished)
         _check_leftovers(plan)
-        _write_shards(plan, staging, report)
-        changes = [c for shard in plan.shards for c in staging.finished[shard.file].changes]
-        _refuse_no_effect(plan, changes)
-        small = [staging.write(name, content) for name, content in outputs.files(plan, staging.finished)]
-        weights = [staging.finished[shard.file].written for shard in plan.shards]
-        made = Manifest(plan.sha256, plan.made_of, (*weights, *small), tuple(changes))
-        staging.write(manifest.NAME, made.to_json())
-        check_headers(staging.folder)
-        logits = _check_logits(plan, staging.folder)
+        _write_shards(plan, staging, listener.progress)
+        made = _finish(plan, staging)
+        logits = _check_logits(plan, staging.folder, listener)
+        finished_before(plan)  # it may have come there in the meantime, and is not to be removed then
         staging.publish()
     return Exported(made, kept_shards=kept, logits=logits)
 
 
-def finished_before(plan: ExportPlan) -> Manifest | None:
-    """The manifest of the output folder, where it holds this export. Raises where it holds anything else."""
-    out = plan.spec.out
-    check_out(out)
-    if not out.exists() or not any(out.iterdir()):
-        return None
-    found = manifest.read(out)
-    if found is not None and found.plan_sha256 == plan.sha256:
-        return found
-    if found is None:
-        raise BadSpec(
-            f"--out {out}: is not empty, and no export of snugfit's. Give a folder that is not there yet."
-        )
-    if not plan.spec.overwrite:
-        raise OutputDiffers(
-            f"{out}: holds another export ({_difference(found, plan)}). Give another --out, or --overwrite."
-        )
-    return None
+def _finish(plan: ExportPlan, staging: Staging) -> Manifest:
+    """Everything behind the last shard: proof, small files, and the manifest as the last of all."""
+    changes = [change for shard in plan.shards for change in staging.finished[shard.file].changes]
+    _refuse_no_effect(plan, changes)
+    small = [staging.write(name, content) for name, content in outputs.files(plan, staging.finished)]
+    weights = [staging.finished[shard.file].written for shard in plan.shards]
+    made = Manifest(plan.sha256, plan.made_of, (*weights, *small), tuple(changes))
+    staging.write(manifest.NAME, made.to_json())
+    check_headers(staging.folder)
+    return made
 
 
-def _difference(found: Manifest, plan: ExportPlan) -> str:
-    keys = [key for key, value in plan.made_of.items() if found.made_of.get(key) != value]
-    keys += [key for key in found.made_of if key not in plan.made_of]
-    return "another " + ", ".join(key.replace("_", " ") for key in keys)
-
-
-def _check_logits(plan: ExportPlan, folder: Path) -> LogitsReport | None:
+def _check_logits(plan: ExportPlan, folder: Path, listener: Listener) -> LogitsReport | None:
     """With --check-logits. Raises VerificationFailed when the folder is not base + adapter."""
     if not plan.spec.check_logits:
         return None
     from exporter.logits.compare import compare
 
+    listener.say("comparing the merged model with base and adapter")
     with one_thread():
-        found = compare(plan.recipes, folder)
+        found = compare(plan.recipes, folder, report=lambda layer, d: listener.say(f"{layer}: {d:.2%} apart"))
     if not found.passed:
         raise VerificationFailed(str(plan.spec.out), found.problems)
     return found
 
 
-def _write_layout(plan: ExportPlan, made: Manifest) -> str | None:
+def _write_layout(plan: ExportPlan, made: Manifest, listener: Listener) -> str | None:
     if plan.spec.oci is None:
         return None
+    listener.say(f"writing the image layout {plan.spec.oci}")
     described = plan.spec.out / manifest.NAME
     files = (*made.files, Written(manifest.NAME, described.stat().st_size, file_sha256(described)))
-    title = {"org.opencontainers.image.title": plan.spec.out.absolute().name}
+    title = {"org.opencontainers.image.title": plan.spec.out.name}
     return write_layout(plan.spec.out, plan.spec.oci, files, title, overwrite=plan.spec.overwrite)
 
 
 # Weights
+
+
+# (bytes done, bytes in all, the shard that is being written)
+Report = Callable[[int, int, str], None]
 
 
 def _check_leftovers(plan: ExportPlan) -> None:
@@ -130,7 +120,18 @@ def _check_leftovers(plan: ExportPlan) -> None:
             check_zero(inputs, weight)
         for kept, copy in plan.must_be_equal:
             if not same(kept, copy, inputs):
-                raise TiedWeightsDiffer(plan.spec.base, kept.name, copy.name)
+                raise _differ(plan, kept, copy)
+
+
+def _differ(plan: ExportPlan, kept: Weight, copy: Weight) -> LoaderError:
+    for adapter in plan.adapters:
+        if adapter.folder in (stored.folder for stored in copy.stored):
+            return BadAdapter(
+                adapter.source,
+                f"{kept.name} and {copy.name} are for one tied matrix and hold different values: the two sides "
+                "were trained apart, which its config does not say. Train them as one, or untie the base first.",
+            )
+    return TiedWeightsDiffer(plan.spec.base, kept.name, copy.name)
 
 
 def _write_shards(plan: ExportPlan, staging: Staging, report: Report) -> None:

@@ -12,9 +12,12 @@ import json
 import os
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from loader.checkpoint import ModelSpec
+
+if TYPE_CHECKING:
+    from exporter.writer import Written
 
 SAMPLE_BYTES = 4096
 
@@ -43,6 +46,18 @@ def base_sha256(spec: ModelSpec) -> str:
         for descriptor in opened.values():
             os.close(descriptor)
     return digest.hexdigest()
+
+
+def problem(folder: Path, written: Written) -> str:
+    """What is amiss with a file by size and sha256, as a sentence; "" when it is as it was written."""
+    path = folder / written.file
+    if not path.is_file():
+        return f"{written.file}: is missing"
+    if (size := path.stat().st_size) != written.n_bytes:
+        return f"{written.file}: has {size:,} bytes, and {written.n_bytes:,} were written"
+    if (sha256 := file_sha256(path)) != written.sha256:
+        return f"{written.file}: its sha256 is {sha256[:16]}…, and {written.sha256[:16]}… was written"
+    return ""
 
 
 def file_sha256(path: Path) -> str:

@@ -46,15 +46,16 @@ def _change(change: Change) -> dict[str, Any]:
     found: dict[str, Any] = {
         "elements": change.elements,
         "changed": change.changed,
-        "base_norm": _short(change.base_norm),
-        "update_norm": _short(change.update_norm),
+        "base_norm": short(change.base_norm),
+        "update_norm": short(change.update_norm),
     }
     if change.drift_norm is not None:
-        found["drift_norm"] = _short(change.drift_norm)
+        found["drift_norm"] = short(change.drift_norm)
     return found
 
 
-def _short(number: float) -> float:
+def short(number: float) -> float:
+    """A norm as it is reported: DIGITS significant digits."""
     return float(f"{number:.{DIGITS}g}")
 
 

@@ -13,8 +13,9 @@ from exporter import bases
 from exporter.adapters import adapter as adapter_files
 from exporter.adapters import targets, ties
 from exporter.adapters.adapter import Adapter
-from exporter.conversion import qwen1
+from exporter.conversion import qwen1, tiktoken_vocabulary
 from exporter.fingerprint import base_sha256, file_sha256, sha256_of
+from exporter.outputs.card import CARD
 from exporter.outputs.carried import CarriedFiles, Source, plan_files
 from exporter.outputs.config import output_config
 from exporter.recipe import Recipe
@@ -69,12 +70,36 @@ class ExportPlan:
         """The same for two plans that give the same bytes."""
         return sha256_of(self.made_of)
 
+    @cached_property
+    def run_sha256(self) -> str:
+        """The same for two runs that may share shards: of the plan, and of the times of the base's files.
+
+        Not all bytes of a base are in the plan's; while it is exported, it must not change.
+        """
+        bases = [base for base in (self.base, self.original) if base is not None]
+        return sha256_of({"plan": self.sha256, "files": [_stamps(base) for base in bases]})
+
 
 def _identity(spec: ModelSpec) -> dict[str, Any]:
     """A hub id with its commit, or the name of a folder: the rest of a path is this machine's business."""
     repo = f"{spec.source.partition('@')[0]}@{spec.revision}"
     name = Path(spec.source).absolute().name if spec.revision is None else repo
-    return {"name": name, "sha256_of_sample": base_sha256(spec)}
+    assert spec.path is not None
+    return {"name": name, "sha256_of_sample": base_sha256(spec), "sha256": _small_files(spec.path)}
+
+
+def _small_files(folder: Path) -> dict[str, str]:
+    """Hashes of what is read and not carried: the card's licence, and the vocabulary of a Qwen v1."""
+    names = (CARD, tiktoken_vocabulary.VOCABULARY, tiktoken_vocabulary.TOKENIZER_CONFIG)
+    return {name: file_sha256(folder / name) for name in names if (folder / name).is_file()}
+
+
+def _stamps(spec: ModelSpec) -> list[tuple[str, int, int]]:
+    """(name, size, time of the last change) of a base's weight files."""
+    assert spec.path is not None
+    names = sorted({tensor.file for tensor in spec.tensors})
+    found = [(name, (spec.path / name).stat()) for name in names]
+    return [(name, stat.st_size, stat.st_mtime_ns) for name, stat in found]
 
 
 def _adapter(adapter: Adapter) -> dict[str, Any]:
@@ -82,17 +107,21 @@ def _adapter(adapter: Adapter) -> dict[str, Any]:
     return {
         "name": Path(adapter.source).absolute().name,
         "weight": adapter.weight,
-        "sha256": {name: file_sha256(adapter.folder / name) for name in files},
+        "sha256": {name: file_sha256(adapter.folder / name) for name in files} | _small_files(adapter.folder),
     }
 
 
-def make_plan(spec: ExportSpec) -> ExportPlan:
+def make_plan(
+    spec: ExportSpec, base: ModelSpec | None = None, original: ModelSpec | None = None
+) -> ExportPlan:
     """Read headers and adapters' configs; give every tensor its place.
 
+    `base` and `original` are given where they have been read already: a branch of the hub may have moved on.
     Raises LoaderError, of which every cause is a type: BadCheckpoint, BadAdapter, BadQuantization, HubError.
     """
-    base = checkpoint.read_any(spec.base)
-    original = checkpoint.read_any(spec.original_base) if spec.original_base else None
+    base = base or checkpoint.read_any(spec.base)
+    if original is None and spec.original_base:
+        original = checkpoint.read_any(spec.original_base)
     read = tuple(adapter_files.read(ref.source, ref.weight) for ref in spec.adapters)
     onto = bases.onto(base, original)
     tied = ties.resolve(targets.match(onto.weights, read, base.config), base.config, read)

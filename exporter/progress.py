@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import json
+import os
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from types import TracebackType
 from typing import Any, TextIO
 
 from rich.console import Console
@@ -18,48 +18,62 @@ from rich.progress import (
     TransferSpeedColumn,
 )
 
+from exporter.listener import Listener
+
 LINE_SECONDS = 5.0
 
-# (bytes done, bytes in all, the shard that is being written)
-Report = Callable[[int, int, str], None]
+
+class JsonLines(Listener):
+    """One JSON object per line, for whoever collects logs."""
+
+    def __init__(self, stream: TextIO) -> None:
+        self._stream = stream
+        self._due = time.monotonic() + LINE_SECONDS
+
+    def progress(self, done_bytes: int, total_bytes: int, shard: str) -> None:
+        if time.monotonic() >= self._due or done_bytes == total_bytes:
+            self._due = time.monotonic() + LINE_SECONDS
+            event(self._stream, "progress", done_bytes=done_bytes, total_bytes=total_bytes, shard=shard)
+
+    def say(self, sentence: str) -> None:
+        event(self._stream, "note", text=sentence)
 
 
-@contextmanager
-def shown(stream: TextIO) -> Iterator[Report]:
-    """A callback that shows how far an export is, on `stream` (stderr)."""
-    console = Console(file=stream)
-    with _bar(console) if console.is_terminal else _lines(stream) as report:
-        yield report
+class Bar(Listener):
+    """A bar on a terminal; used by `with`."""
 
+    def __init__(self, stream: TextIO) -> None:
+        columns = (
+            TextColumn("{task.description}"), BarColumn(), DownloadColumn(), TransferSpeedColumn(),
+            TimeRemainingColumn(),
+        )  # fmt: skip
+        self._bar = Progress(*columns, console=Console(file=stream), transient=True)
+        self._task = self._bar.add_task("merging", total=None)
 
-@contextmanager
-def _bar(console: Console) -> Iterator[Report]:
-    columns = (
-        TextColumn("{task.description}"), BarColumn(), DownloadColumn(), TransferSpeedColumn(),
-        TimeRemainingColumn(),
-    )  # fmt: skip
-    with Progress(*columns, console=console, transient=True) as bar:
-        task = bar.add_task("merging", total=None)
+    def progress(self, done_bytes: int, total_bytes: int, shard: str) -> None:
+        self._bar.update(self._task, completed=done_bytes, total=total_bytes, description=shard)
 
-        def report(done_bytes: int, total_bytes: int, shard: str) -> None:
-            bar.update(task, completed=done_bytes, total=total_bytes, description=shard)
+    def say(self, sentence: str) -> None:
+        self._bar.console.print(sentence, highlight=False, soft_wrap=True)
 
-        yield report
+    def __enter__(self) -> Bar:
+        self._bar.start()
+        return self
 
-
-@contextmanager
-def _lines(stream: TextIO) -> Iterator[Report]:
-    due = time.monotonic() + LINE_SECONDS
-
-    def report(done_bytes: int, total_bytes: int, shard: str) -> None:
-        nonlocal due
-        if time.monotonic() >= due or done_bytes == total_bytes:
-            due = time.monotonic() + LINE_SECONDS
-            event(stream, "progress", done_bytes=done_bytes, total_bytes=total_bytes, shard=shard)
-
-    yield report
+    def __exit__(
+        self, kind: type[BaseException] | None, err: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._bar.stop()
 
 
 def event(stream: TextIO, name: str, **facts: Any) -> None:
-    """One line of JSON: {"event": "progress", …}."""
-    print(json.dumps({"event": name, **facts}, ensure_ascii=False), file=stream, flush=True)
+    """One line of JSON, in ASCII whatever the locale: {"event": "progress", …}."""
+    tell(stream, json.dumps({"event": name, **facts}))
+
+
+def tell(stream: TextIO, text: str) -> None:
+    """Print. Nobody may be listening any more (`| head`), which is no reason to end an export."""
+    try:
+        print(text, file=stream, flush=True)
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())

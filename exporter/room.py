@@ -59,7 +59,7 @@ def _check_disk(plan: ExportPlan) -> None:
         device = place.stat().st_dev
         needs[device] = (place, needs.get(device, (place, 0))[1] + plan.total_bytes + SMALL_FILES_BYTES)
     for place, need_bytes in needs.values():
-        have_bytes = shutil.disk_usage(place).free + _staged_bytes(plan.spec.out)
+        have_bytes = shutil.disk_usage(place).free + _staged_bytes(plan.spec.out, place)
         if need_bytes > have_bytes:
             hint = f"Free {format_bytes(need_bytes - have_bytes)} there, or write elsewhere."
             raise DoesNotFit(f"the disk of {place}", need_bytes, have_bytes, hint)
@@ -70,6 +70,7 @@ def _existing(folder: Path) -> Path:
     return folder if folder.exists() else _existing(folder.parent)
 
 
-def _staged_bytes(out: Path) -> int:
-    """What an earlier run has written already: it is used again or goes away."""
-    return sum(path.stat().st_size for path in staging_folder(out).rglob("*.safetensors"))
+def _staged_bytes(out: Path, place: Path) -> int:
+    """What an earlier run has written to this disk already: it is used again or goes away."""
+    stats = [path.stat() for path in staging_folder(out).rglob("*.safetensors")]
+    return sum(stat.st_size for stat in stats if stat.st_dev == place.stat().st_dev)

@@ -6,7 +6,7 @@ from collections.abc import Iterable, Iterator
 from typing import TYPE_CHECKING, Any
 
 from exporter import drift
-from exporter.manifest import norm
+from exporter.manifest import norm, short
 from exporter.plan import ExportPlan
 from exporter.room import peak_bytes
 from loader.budget import format_bytes
@@ -43,6 +43,11 @@ def _facts(plan: ExportPlan) -> Iterator[tuple[str, str]]:
     yield from (("note", note) for note in plan.notes)
 
 
+def _architectures(plan: ExportPlan) -> list[str]:
+    found = plan.config.get("architectures")
+    return [str(name) for name in found] if isinstance(found, list) else []
+
+
 def _shards(plan: ExportPlan) -> str:
     sizes = [f"{shard.file} {format_bytes(shard.n_bytes)}" for shard in plan.shards[:SHOWN_SHARDS]]
     more = f", and {len(plan.shards) - SHOWN_SHARDS} more" if len(plan.shards) > SHOWN_SHARDS else ""
@@ -61,7 +66,7 @@ def plan_json(plan: ExportPlan) -> dict[str, Any]:
         "adapters": [
             {"source": a.source, "weight": a.weight, "tensors": len(a.tensors)} for a in plan.adapters
         ],
-        "architectures": plan.config.get("architectures"),
+        "architectures": _architectures(plan),
         "out": str(plan.spec.out),
         "tensors": len(plan.recipes),
         "merged_tensors": sum(bool(recipe.updates) for recipe in plan.recipes),
@@ -117,7 +122,7 @@ def summary_json(plan: ExportPlan, done: Exported) -> dict[str, Any]:
         "kept_shards": done.kept_shards,
         "merged_tensors": len(changes),
         "changed_elements": sum(c.changed for c in changes),
-        "update_norm": norm([c.update_norm for c in changes]),
+        "update_norm": short(norm([c.update_norm for c in changes])),
         "logits": done.logits.to_json() if done.logits is not None else None,
         "oci_digest": done.oci_digest,
         "files": {f.file: {"bytes": f.n_bytes, "sha256": f.sha256} for f in done.manifest.files},

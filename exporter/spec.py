@@ -6,6 +6,7 @@ import re
 import tomllib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from fractions import Fraction
 from math import isfinite
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,7 @@ from loader.errors import BadBudget
 from loader.usage import nearest
 
 DEFAULT_SHARD_BYTES = 5 * 10**9
+MOST_GB = 1000  # that a number without a unit can mean
 
 _PLAIN_NUMBER = re.compile(r"\d+(\.\d+)?|\.\d+", re.ASCII)
 _WEIGHT = re.compile(r"(.*):([+-]?(?:\d+\.?\d*|\.\d+)(?:e[+-]?\d+)?)", re.ASCII | re.IGNORECASE)
@@ -31,10 +33,12 @@ class AdapterRef:
     @classmethod
     def parse(cls, text: str) -> AdapterRef:
         """ "DIR", "owner/name@revision" or either with ":0.5" behind it."""
-        match = _WEIGHT.fullmatch(text)
+        match = None if Path(text).is_dir() else _WEIGHT.fullmatch(text)
         source, weight = (match[1], float(match[2])) if match else (text, 1.0)
-        if not source or not isfinite(weight):
-            raise BadSpec(f"--adapter {text}: it is ADAPTER or ADAPTER:WEIGHT, as in ./lora:0.5.")
+        if not source or not isfinite(weight) or weight == 0:
+            raise BadSpec(
+                f"--adapter {text}: it is ADAPTER or ADAPTER:WEIGHT, as in ./lora:0.5; a weight is not 0."
+            )
         return cls(source, weight)
 
     def __str__(self) -> str:
@@ -56,19 +60,27 @@ class ExportSpec:
 
 
 def parse_shard_size(text: str) -> int:
-    """Bytes of "1.88GB", "2GiB" or "1880000000"; a small number alone, "1.88" or "5", is in GB.
+    """Bytes of "1.88GB", "2GiB" or "1880000000"; a number below 1000 alone, "1.88" or "5", is in GB.
 
     GB is what LLaMA-Factory's export_size and the hub count in. Raises BadSpec.
     """
-    number = text.strip()
-    if _PLAIN_NUMBER.fullmatch(number) and ("." in number or int(number) < SMALLEST_BARE_BYTES):
-        number += "GB"
     try:
-        return parse_bytes(number)
+        return parse_bytes(_with_unit(text.strip()))
     except BadBudget:
         raise BadSpec(
             f"--shard-size {text}: is not a size. Accepted: 1.88GB, 1.88 (GB), 2GiB, 1880000000 (bytes)."
         ) from None
+
+
+def _with_unit(text: str) -> str:
+    if not _PLAIN_NUMBER.fullmatch(text):
+        return text
+    number = Fraction(text)
+    if number < MOST_GB:
+        return f"{text}GB"
+    if number < SMALLEST_BARE_BYTES or number.denominator != 1:
+        raise BadSpec(f"--shard-size {text}: bytes or gigabytes? Write {text}B or {text}GB.")
+    return str(number.numerator)  # TOML's 1.88e9 is 1880000000.0
 
 
 def from_toml(path: Path) -> dict[str, Any]:
@@ -123,13 +135,13 @@ def make_spec(values: Mapping[str, Any]) -> ExportSpec:
         )
     return ExportSpec(
         base=values["base"],
-        out=Path(values["out"]).expanduser(),
+        out=Path(values["out"]).expanduser().resolve(),  # a link's own name cannot be given to a folder
         adapters=adapters,
         original_base=values.get("original_base") or None,
         shard_bytes=parse_shard_size(str(values.get("shard_size", DEFAULT_SHARD_BYTES))),
         overwrite=values.get("overwrite", False),
         check_logits=values.get("check_logits", False),
-        oci=Path(values["oci"]).expanduser() if values.get("oci") else None,
+        oci=Path(values["oci"]).expanduser().resolve() if values.get("oci") else None,
     )
 
 
@@ -137,6 +149,9 @@ USAGE = "snugfit export --base BASE [--adapter ADAPTER[:WEIGHT]] --out DIR"
 
 
 def _refuse_twice(adapters: Sequence[AdapterRef]) -> None:
-    sources = [adapter.source for adapter in adapters]
-    if twice := [source for source in sources if sources.count(source) > 1]:
-        raise BadSpec(f"--adapter {twice[0]}: is there twice. Give it once, with the sum of its weights.")
+    places = [Path(adapter.source).resolve() for adapter in adapters]
+    for adapter, place in zip(adapters, places, strict=True):
+        if places.count(place) > 1:
+            raise BadSpec(
+                f"--adapter {adapter.source}: is there twice. Give it once, with the sum of its weights."
+            )

@@ -14,15 +14,17 @@ from __future__ import annotations
 import json
 import os
 import shutil
-from collections.abc import Iterable, Mapping
+import signal
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
-from hashlib import file_digest
 from pathlib import Path
 from types import TracebackType
 from typing import Any, BinaryIO
 
-from exporter.errors import BadSpec, Busy
+from exporter.errors import Busy
+from exporter.fingerprint import problem
 from exporter.merge import Change
 from exporter.writer import Written
 
@@ -45,14 +47,20 @@ def staging_folder(out: Path) -> Path:
 class Staging:
     """The staging folder of one plan, locked. `finished` are shards of an earlier run that can be kept."""
 
-    def __init__(self, out: Path, plan_sha256: str, sizes: Mapping[str, int]) -> None:
+    def __init__(
+        self,
+        out: Path,
+        plan_sha256: str,
+        sizes: Mapping[str, int],
+        say: Callable[[str], None] = lambda _: None,
+    ) -> None:
         self._root = staging_folder(out)
         self.folder = self._root / MODEL
         self.finished: dict[str, Finished] = {}
-        self.started_over = False  # what was there belonged to another export
         self._out = out
         self._plan = plan_sha256
         self._sizes = sizes
+        self._say = say
 
     def __enter__(self) -> Staging:
         self.folder.mkdir(parents=True, exist_ok=True)
@@ -86,32 +94,39 @@ class Staging:
         return Written(name, len(content), sha256(content).hexdigest())
 
     def publish(self) -> None:
-        """Give the model its final name, in place of an older one, and remove the rest."""
+        """Give the model its final name, in place of an older one, and remove the rest.
+
+        Whoever calls it has seen that what stands there may go.
+        """
         _sync_folder(self.folder)
-        if self._out.exists() and any(self._out.iterdir()):
-            shutil.rmtree(self._root / OLD, ignore_errors=True)
-            self._out.rename(self._root / OLD)
-        self.folder.rename(self._out)  # onto an empty folder too, as rename(2) allows
-        _sync_folder(self._out.parent)
-        shutil.rmtree(self._root)
+        with _undisturbed():
+            if self._out.exists() and any(self._out.iterdir()):
+                shutil.rmtree(self._root / OLD, ignore_errors=True)
+                self._out.rename(self._root / OLD)
+            self.folder.rename(self._out)  # onto an empty folder too, as rename(2) allows
+            _sync_folder(self._out.parent)
+            shutil.rmtree(self._root)
 
     # The journal
 
     def _resume(self) -> None:
         lines = _lines(self._root / JOURNAL)
         if lines and lines[0] == {"plan": self._plan}:
-            kept = self._intact([_finished(line) for line in lines[1:]])
+            kept = self._intact(_finished(lines[1:]))
             self.finished = {finished.written.file: finished for finished in kept}
         else:
-            self.started_over = bool(lines)
+            if lines:
+                self._say(f"{self._root}: held the beginning of another export, which is removed")
             self._clear()
         self._rewrite()
 
-    def _intact(self, kept: Iterable[Finished]) -> list[Finished]:
+    def _intact(self, kept: Sequence[Finished]) -> list[Finished]:
         """Those whose file still has the size and the hash that were written."""
+        if kept:
+            self._say(f"checking {len(kept)} shards of an earlier run")
         known = [f for f in kept if self._sizes.get(f.written.file) == f.written.n_bytes]
         with ThreadPoolExecutor(HASHING_THREADS) as pool:
-            same = list(pool.map(lambda f: is_intact(self.folder, f.written), known))
+            same = list(pool.map(lambda f: not problem(self.folder, f.written), known))
         return [f for f, is_same in zip(known, same, strict=True) if is_same]
 
     def _rewrite(self) -> None:
@@ -127,15 +142,6 @@ class Staging:
         for folder in (self.folder, self._root / OLD):
             shutil.rmtree(folder, ignore_errors=True)
         self.folder.mkdir()
-
-
-def is_intact(folder: Path, written: Written) -> bool:
-    """Whether a file has the size and the sha256 that it was written with."""
-    path = folder / written.file
-    if not path.is_file() or path.stat().st_size != written.n_bytes:
-        return False
-    with path.open("rb") as stream:
-        return file_digest(stream, "sha256").hexdigest() == written.sha256
 
 
 def _lines(journal: Path) -> list[dict[str, Any]]:
@@ -168,19 +174,25 @@ def _write_through(stream: BinaryIO, content: bytes) -> None:
     os.fsync(stream.fileno())
 
 
-def _finished(line: Mapping[str, Any]) -> Finished:
-    return Finished(Written(**line["written"]), tuple(Change(**change) for change in line["changes"]))
+def _finished(lines: Iterable[Mapping[str, Any]]) -> list[Finished]:
+    """The shards of a journal, up to a line that another version of snugfit has written."""
+    found: list[Finished] = []
+    for line in lines:
+        try:
+            changes = tuple(Change(**change) for change in line["changes"])
+            found.append(Finished(Written(**line["written"]), changes))
+        except (KeyError, TypeError):
+            break
+    return found
 
 
 def _lock(path: Path) -> int:
     """The lock's descriptor; the system gives the lock back when the process ends, however it ends."""
+    import fcntl
+
     descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
     try:
-        import fcntl
-
         fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except ImportError:  # Windows: two exports into one folder at a time are not guarded against
-        pass
     except OSError:
         os.close(descriptor)
         raise Busy(
@@ -189,9 +201,17 @@ def _lock(path: Path) -> int:
     return descriptor
 
 
+@contextmanager
+def _undisturbed() -> Iterator[None]:
+    """Signals wait until the end of the block."""
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT, signal.SIGTERM})
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
 def _sync_folder(folder: Path) -> None:
-    if os.name == "nt":
-        return
     descriptor = os.open(folder, os.O_RDONLY)
     try:
         os.fsync(descriptor)
@@ -199,11 +219,10 @@ def _sync_folder(folder: Path) -> None:
         os.close(descriptor)
 
 
-def check_out(out: Path) -> None:
-    """Raise BadSpec where nothing can be published under that name."""
-    if out.is_mount():
-        raise BadSpec(
-            f"--out {out}: is a mount point, which no finished export can replace: give {out}/NAME."
-        )
-    if out.exists() and not out.is_dir():
-        raise BadSpec(f"--out {out}: is a file. Give a folder that is not there yet.")
+def remove_leftover(out: Path) -> None:
+    """A staging folder beside a finished export: its run was killed between the rename and the end."""
+    root = staging_folder(out)
+    if root.exists():
+        lock = _lock(root / LOCK)
+        shutil.rmtree(root)
+        os.close(lock)

@@ -8,6 +8,7 @@ from pathlib import Path
 
 from exporter import manifest
 from exporter.errors import VerificationFailed
+from exporter.fingerprint import problem
 from exporter.manifest import Manifest
 from exporter.staging import HASHING_THREADS
 from exporter.writer import Written
@@ -56,24 +57,11 @@ def _strangers(folder: Path, found: Manifest) -> list[str]:
 
 def _damaged(folder: Path, found: Manifest, report: Callable[[Written], None]) -> list[str]:
     with ThreadPoolExecutor(HASHING_THREADS) as pool:
-        problems = pool.map(lambda written: _problem(folder, written), found.files)
-        found_problems = []
-        for written, problem in zip(found.files, problems, strict=True):
-            if problem:
-                found_problems.append(problem)
+        checked = pool.map(lambda written: problem(folder, written), found.files)
+        problems = []
+        for written, sentence in zip(found.files, checked, strict=True):
+            if sentence:
+                problems.append(sentence)
             else:
                 report(written)
-        return found_problems
-
-
-def _problem(folder: Path, written: Written) -> str:
-    from exporter.fingerprint import file_sha256
-
-    path = folder / written.file
-    if not path.is_file():
-        return f"{written.file}: is missing"
-    if (size := path.stat().st_size) != written.n_bytes:
-        return f"{written.file}: has {size:,} bytes, and {written.n_bytes:,} were written"
-    if (sha256 := file_sha256(path)) != written.sha256:
-        return f"{written.file}: its sha256 is {sha256[:16]}…, and {written.sha256[:16]}… was written"
-    return ""
+        return problems

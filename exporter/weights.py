@@ -176,7 +176,7 @@ class Inputs:
         assert stored.folder is not None, f"{stored.name} is not on this machine"
         path = stored.folder / stored.info.file
         if path not in self._files:
-            self._files[path] = os.open(path, os.O_RDONLY | getattr(os, "O_BINARY", 0))
+            self._files[path] = os.open(path, os.O_RDONLY)
         return self._files[path]
 
     def _truncated(self, stored: Stored) -> TruncatedShard:

@@ -21,10 +21,12 @@ if TYPE_CHECKING:
     import torch
 
 BUFFER_BYTES = 4 * 2**20
-BUFFERS = 6
+BUFFERS = 16
 # Written pages go to the disk all the time and not at the end: in a container, pages that are still to be
 # written count as memory.
 SYNC_BYTES = 128 * 2**20
+
+fdatasync = getattr(os, "fdatasync", os.fsync)  # macOS has none
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,8 +50,7 @@ class _File:
 
     def write(self, content: memoryview) -> None:
         if self.descriptor < 0:  # opened this late, so that the file before it is finished by then
-            flags = os.O_WRONLY | os.O_CREAT | os.O_TRUNC | getattr(os, "O_BINARY", 0)
-            self.descriptor = os.open(self.path, flags, 0o644)
+            self.descriptor = os.open(self.path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o644)
         while len(content):
             done = os.write(self.descriptor, content)
             content = content[done:]
@@ -135,17 +136,22 @@ class Writer:
     ) -> None:
         file.write(content)
         if file.unsynced_bytes >= SYNC_BYTES and (self._synced is None or self._synced.done()):
+            self._raise_sync_failure()
             file.unsynced_bytes = 0
-            self._synced = self._syncing.submit(os.fdatasync, file.descriptor)
+            self._synced = self._syncing.submit(fdatasync, file.descriptor)
         hashed.result()
         if buffer is not None and buffer.numel() == BUFFER_BYTES:
             self._free.put(buffer)
 
     def _finish(self, file: _File, done: Callable[[Written], None]) -> None:
-        if self._synced is not None:
-            self._synced.result()  # an error of the disk is told once, and to whom it waits for
-            self._synced = None
+        self._raise_sync_failure()
         done(file.finish())
+
+    def _raise_sync_failure(self) -> None:
+        """The system tells a failed write once: a later fsync of the same file would succeed."""
+        if self._synced is not None:
+            self._synced.result()
+            self._synced = None
 
     def _take(self, n_bytes: int) -> torch.Tensor:
         """A free buffer; waits for the disk when all are full. A row larger than a buffer has its own."""

@@ -60,7 +60,7 @@ class ModelSpec:
     config: Mapping[str, Any]
     tensors: tuple[TensorInfo, ...]
     generation_config: Mapping[str, Any] = field(default_factory=dict)
-    revision: str | None = None  # a hub model's commit: `hub.download(source, revision)` gets just that
+    revision: str | None = None  # a hub model's commit: `hub.fetched(spec)` gets just that
 
     @property
     def model_type(self) -> str:

@@ -64,24 +64,36 @@ def download(source: str, commit: str | None = None, more: tuple[str, ...] = ())
     """Fetch what `files` left on the hub, with a progress bar, and give the model's folder in the cache.
 
     With `ModelSpec.source` and `ModelSpec.revision` that is just what was planned. What is in the cache
-    already is not fetched again. `more` are patterns of files to fetch besides: a licence, for who writes the
-    model on. Raises HubError.
+    already is not fetched again. `more` are patterns of files to fetch besides, for who writes the model on:
+    "LICENSE*", "*.py"; in a folder only when the pattern names it: "additional_chat_templates/*". Raises
+    HubError.
     """
     from huggingface_hub import snapshot_download
 
     repo, revision = _split(source, None)
     if commit is not None and not _is_at(repo, revision, commit):
         revision = commit
+    in_folders = [pattern for pattern in more if "/" in pattern]
     with explained(source, revision):
-        folder = snapshot_download(
-            repo, revision=revision, allow_patterns=[*WANTED, *more], ignore_patterns=[*UNWANTED]
+        folder = Path(
+            snapshot_download(
+                repo, revision=revision, allow_patterns=[*WANTED, *more], ignore_patterns=[*UNWANTED]
+            )
         )
-    return Path(folder)
+        if in_folders:
+            with _no_progress_bars():  # its commit, or the branch might have moved meanwhile
+                snapshot_download(repo, revision=folder.name, allow_patterns=in_folders)
+    return folder
 
 
-def fetched(spec: ModelSpec) -> ModelSpec:
-    """The same model with its weights on this machine: downloaded at its commit, unless they are here."""
-    return spec if spec.path else replace(spec, path=download(spec.source, spec.revision))
+def fetched(spec: ModelSpec, more: tuple[str, ...] = ()) -> ModelSpec:
+    """The same model with its weights on this machine: downloaded at its commit, unless they are here.
+
+    Source, commit and headers stay what they are, also where its branch has moved on since they were read.
+    `more` is for `download`, and fetched of a hub model in the cache too. Raises HubError.
+    """
+    is_here = spec.path and not (more and spec.revision)
+    return spec if is_here else replace(spec, path=download(spec.source, spec.revision, more))
 
 
 class HubFiles:

@@ -10,6 +10,8 @@ from typing import Any, NoReturn
 
 from loader.errors import EXIT_USAGE
 
+NOT_INSTALLED = "(not installed: run from its source folder)"
+
 
 class UsageError(Exception):
     """The command line or the configuration cannot be used. `problems` holds a sentence for each mistake."""
@@ -49,7 +51,7 @@ def version() -> str:
     try:
         return metadata.version("snugfit")
     except metadata.PackageNotFoundError:
-        return "(not installed: run from its source folder)"
+        return NOT_INSTALLED
 
 
 class _Help(argparse.HelpFormatter):

@@ -10,15 +10,15 @@ import importlib
 import io
 import logging
 import os
-import subprocess
 import sys
 import traceback
 from argparse import RawDescriptionHelpFormatter
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import NoReturn
 
 from loader.errors import LoaderError
-from loader.usage import Parser, UsageError, nearest
+from loader.usage import NOT_INSTALLED, Parser, UsageError, nearest, version
 
 EXIT_BROKEN_PIPE = 1  # as rich has it
 EXIT_INTERRUPTED = 130  # what a shell reports for a command that Ctrl-C ended
@@ -81,13 +81,12 @@ def _run(command: Command, argv: Sequence[str]) -> int:
     return code
 
 
-def _become(module: str, argv: Sequence[str]) -> int:
+def _become(module: str, argv: Sequence[str]) -> NoReturn:
     """Run the program in this process's place, so that signals and the exit code are its own."""
     sys.stdout.flush()
-    arguments = [sys.executable, "-m", module, *argv]
-    if os.name == "nt":  # there exec leaves the shell behind, which thinks that the command has ended
-        return subprocess.call(arguments)
-    os.execv(sys.executable, arguments)  # noqa: S606
+    # -P: not a package of that name that happens to lie in the user's folder.
+    safe = [] if version() == NOT_INSTALLED else ["-P"]
+    os.execv(sys.executable, [sys.executable, *safe, "-m", module, *argv])  # noqa: S606
 
 
 def _top_parser() -> Parser:

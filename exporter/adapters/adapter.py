@@ -11,6 +11,7 @@ from typing import Any
 
 from exporter.adapters import config as adapter_config
 from exporter.errors import BadAdapter
+from exporter.outputs.wording import short_name
 from exporter.weights import Stored
 from loader.files import Folder, read_header
 
@@ -167,19 +168,20 @@ def _check_tensors(source: str, tensors: Sequence[Stored]) -> None:
 def base_identity_notes(adapters: Sequence[Adapter], base_source: str, base_method: str | None) -> list[str]:
     """What a user should know where an adapter's own note of its base is another than --base.
 
-    `base_method` is how --base is quantized, if it is.
+    `base_method` is how --base is quantized, if it is. Notes go into the output: they hold no paths.
     """
     notes = []
+    base = short_name(base_source)
     for adapter in adapters:
         named = adapter.trained_on
         if named is None or _last(named) == _last(base_source):
             continue
         if not base_method and _QUANTIZED_NAME.search(_last(named)):
-            notes.append(_quantized_note(adapter.source, named, base_source))
+            notes.append(_quantized_note(short_name(adapter.source), short_name(named), base))
         else:
             notes.append(
-                f"{adapter.source} was trained on {named}, by its own account, and --base is {base_source}: "
-                "right only if these are the same weights."
+                f"{short_name(adapter.source)} was trained on {short_name(named)}, by its own account, and "
+                f"--base is {base}: right only if these are the same weights."
             )
     return notes
 

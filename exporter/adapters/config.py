@@ -47,6 +47,7 @@ _CHANGED_THE_BASE = {
 }  # fmt: skip
 _INITIALISATIONS = frozenset({"gaussian", "eva", "orthogonal", "true", "false"})
 _EMPTY: tuple[Any, ...] = (None, False, 0, "", [], {})
+_SHOWN = 80  # characters of a wrong value
 
 
 def check(source: str, config: Mapping[str, Any]) -> None:
@@ -64,6 +65,7 @@ def check(source: str, config: Mapping[str, Any]) -> None:
             _check_key(source, key)
     _check_initialisation(source, config.get("init_lora_weights", True))
     _check_numbers(source, config)
+    _check_types(source, config)
 
 
 def _check_key(source: str, key: str) -> None:
@@ -106,7 +108,7 @@ def _check_numbers(source: str, config: Mapping[str, Any]) -> None:
     for key, is_rank in (("rank_pattern", True), ("alpha_pattern", False)):
         patterns = config.get(key) or {}
         if not isinstance(patterns, Mapping):
-            raise BadAdapter(source, f"{key} in adapter_config.json is not an object, as peft writes it.")
+            raise _wrong(source, key, patterns, "an object of patterns with a number each")
         for pattern, value in patterns.items():
             _check_number(source, f"{key}[{pattern!r}]", value, is_rank)
             try:
@@ -116,10 +118,41 @@ def _check_numbers(source: str, config: Mapping[str, Any]) -> None:
 
 
 def _check_number(source: str, key: str, value: Any, is_rank: bool = False) -> None:
-    is_number = isinstance(value, int | float) and not isinstance(value, bool) and isfinite(value)
+    is_number = isinstance(value, int | float) and not isinstance(value, bool) and _is_finite(value)
     if not is_number or (is_rank and (value < 1 or value != int(value))):
-        wanted = "a whole number from 1" if is_rank else "a number"
-        raise BadAdapter(source, f"{key} in adapter_config.json is {value!r}; it must be {wanted}.")
+        raise _wrong(source, key, value, "a whole number from 1" if is_rank else "a number")
+
+
+def _is_finite(value: float) -> bool:
+    try:
+        return isfinite(value)
+    except OverflowError:  # JSON knows whole numbers of any length
+        return False
+
+
+def _check_types(source: str, config: Mapping[str, Any]) -> None:
+    for key in ("use_rslora", "use_dora", "fan_in_fan_out", "ensure_weight_tying"):
+        if (value := config.get(key)) not in (None, True, False):
+            raise _wrong(source, key, value, "true or false")
+    for key in ("modules_to_save", "target_parameters"):
+        if (value := config.get(key)) is not None and not _is_list_of(value, str):
+            raise _wrong(source, key, value, "a list of names")
+    value = config.get("trainable_token_indices")
+    lists = value.values() if isinstance(value, Mapping) else (value,)
+    if value is not None and not all(_is_list_of(rows, int) for rows in lists):
+        raise _wrong(source, "trainable_token_indices", value, "a list of rows, or an object of such lists")
+
+
+def _is_list_of(value: Any, kind: type) -> bool:
+    return isinstance(value, list) and all(
+        isinstance(item, kind) and not isinstance(item, bool) for item in value
+    )
+
+
+def _wrong(source: str, key: str, value: Any, wanted: str) -> BadAdapter:
+    text = repr(value)
+    shown = text if len(text) <= _SHOWN else f"{text[:_SHOWN]}…"
+    return BadAdapter(source, f"{key} in adapter_config.json is {shown}; it must be {wanted}.")
 
 
 # The arithmetic that it asks for

@@ -85,20 +85,25 @@ class _Matching:
         is_trained = not is_side or adapter_config.is_trained_whole(self._adapter.config, module)
         if is_trained:
             self._refuse_weight("a whole trained tensor", stored)
-        for side in self._sides(draft, Part.SAVED, follows=not is_trained):
+        for side in self._sides(draft, Part.SAVED, is_one=not is_trained or self._is_tying()):
             if fits.is_whole(stored.shape, side.base.shape, is_side):
                 side.replace(self._adapter.source, stored, is_trained)
             else:
                 self._misfits.whole(stored, side.name, side.base.shape)
 
-    def _sides(self, draft: Draft, part: Part, follows: bool) -> list[Draft]:
+    def _is_tying(self) -> bool:
+        return bool(self._adapter.config.get("ensure_weight_tying"))
+
+    def _sides(self, draft: Draft, part: Part, is_one: bool) -> list[Draft]:
         """The drafts that a part goes to: both, where embedding and head are one and stay one.
 
-        What an adapter has for the head there, beside the same for the embedding, is a copy.
+        What an adapter has for the head there, beside the same for the embedding, is a copy: ties.resolve
+        has it compared.
         """
         pair, embedding, head = self._drafts.pair, self._drafts.embedding, self._drafts.head
-        is_one = bool(pair and pair.is_tied and (follows or self._adapter.config.get("ensure_weight_tying")))
-        if not is_one or embedding is None or head is None or draft not in (embedding, head):
+        if not is_one or pair is None or not pair.is_tied or embedding is None or head is None:
+            return [draft]
+        if draft not in (embedding, head):
             return [draft]
         if draft is head:
             return [] if self._speaks_of(embedding, part) else [head]
@@ -153,7 +158,7 @@ class _Matching:
         if is_transposed is None:
             return
         factors = Factors(a=a, b=b, scaling=self._scaling(layer.path), transposed=is_transposed)
-        for side in self._sides(draft, Part.EMBEDDING_A, follows=False):
+        for side in self._low_rank_sides(draft):
             self._low_rank(layer, side, factors, rounds_first=False)
         if Part.B_BIAS in layer.parts:
             self._bias(layer)
@@ -175,8 +180,13 @@ class _Matching:
             self._misfits.incomplete(layer)
         elif self._misfits.is_embedding(layer.path, draft, a, b):
             factors = Factors(a=a, b=b, scaling=self._scaling(layer.path), transposed=True)
-            for side in self._sides(draft, Part.EMBEDDING_A, follows=False):
+            for side in self._low_rank_sides(draft):
                 self._low_rank(layer, side, factors, rounds_first=self._rounds_first(side.base))
+
+    def _low_rank_sides(self, draft: Draft) -> list[Draft]:
+        # peft ties A and B, and not DoRA's magnitudes: of columns at the embedding, of rows at the head.
+        is_one = self._is_tying() and not self._adapter.config.get("use_dora")
+        return self._sides(draft, Part.EMBEDDING_A, is_one)
 
     def _low_rank(self, layer: Layer, draft: Draft, factors: Factors, rounds_first: bool) -> None:
         source = self._adapter.source
@@ -203,7 +213,7 @@ class _Matching:
         if not self._misfits.is_tokens(layer.path, draft, stored, rows):
             return
         self._refuse_weight("the whole rows of tokens", stored)
-        for side in self._sides(draft, Part.TOKENS, follows=self._tokens_follow()):
+        for side in self._sides(draft, Part.TOKENS, is_one=self._tokens_follow()):
             taken = [u for u in side.updates if isinstance(u, ReplaceRows) and {*u.rows} & {*(rows or ())}]
             if taken:
                 raise BadAdapter(

@@ -20,6 +20,7 @@ from exporter.conversion import layouts
 from exporter.errors import BadAdapter
 from exporter.outputs.config import text_configs
 from exporter.outputs.vocabulary import tokenizer_rows
+from exporter.outputs.wording import short_name
 from exporter.recipe import Recipe
 from exporter.weights import Inputs, Plain, ReadRows, Stored, Weight
 
@@ -73,16 +74,18 @@ def resolve(recipes: Sequence[Recipe], config: Mapping[str, Any], adapters: Sequ
     """One matrix or two, and how many rows: what targets.match made, with the config that belongs to it.
 
     Raises BadAdapter where input and output have different numbers of rows, or fewer than an adapter's
-    tokenizer has tokens.
+    tokenizer has tokens; and where a tensor of an adapter would have no part in the output.
     """
     shapes = {recipe.name: recipe.shape for recipe in recipes}
     pair = find_pair(shapes, config)
     if pair is None:
+        _check_all_used(recipes, (), adapters)
         return Tied(list(recipes))
     saved = _saved(adapters, pair)
     _check_rows(pair, shapes, saved)
     _check_tokenizers(pair.embedding, shapes[pair.embedding][0], adapters)
     tied = _one_or_two(recipes, pair, config, adapters) if pair.head in shapes else Tied(list(recipes))
+    _check_all_used(recipes, tied.must_be_equal, adapters)
     return replace(tied, changes={**_vocabulary(shapes[pair.embedding][0], config, saved), **tied.changes})
 
 
@@ -94,7 +97,8 @@ def _one_or_two(
     is_one_in_base = embedding.base.stored == head.base.stored
     is_tied = is_one_in_base or says_tied(config) is True
     are_copies = is_tied and not any(copy.is_independent for copy in saved)
-    copies = [*_copies(saved, are_copies), *(_mirrored(adapters) if is_tied else ())]
+    copies = [*_copies(saved, are_copies), *_same_tokens(adapters, pair, head)]
+    copies += _mirrored(adapters, pair) if is_tied else ()
     if are_copies and not is_one_in_base:
         copies.append((embedding.base, head.base))
     if are_copies and embedding.updates == head.updates:
@@ -115,8 +119,9 @@ def _note(embedding: Recipe, head: Recipe, saved: Sequence[_Saved]) -> str:
         [copy.adapter for copy in saved if copy.is_independent]
         + [update.adapter for recipe in (embedding, head) for update in recipe.updates]
     )
+    who = ", ".join(map(short_name, changed))
     return (
-        f"the base has one matrix for {embedding.name} and {head.name}, and {', '.join(changed)} changes "
+        f"the base has one matrix for {embedding.name} and {head.name}, and {who} changes "
         "them apart: both are written, and tie_word_embeddings is false."
     )
 
@@ -191,21 +196,49 @@ class _Transposed:
         return lambda start, stop: inputs.columns(self.tensor, start, stop).T
 
 
-def _mirrored(adapters: Iterable[Adapter]) -> Iterator[tuple[Weight, Weight]]:
+def _mirrored(adapters: Iterable[Adapter], pair: Pair) -> Iterator[tuple[Weight, Weight]]:
     """A and B of a head that peft made of those of the embedding, transposed (ensure_weight_tying)."""
     for adapter in adapters:
         if not adapter.config.get("ensure_weight_tying"):
             continue
-        parts = {role(stored.name).part: stored for stored in adapter.tensors if _is_side(stored)}
+        embedding, head = (_parts(adapter, name) for name in (pair.embedding, pair.head))
         for of_embedding, of_head in ((Part.EMBEDDING_A, Part.B), (Part.EMBEDDING_B, Part.A)):
-            if of_embedding in parts and of_head in parts:
-                one, other = parts[of_head], parts[of_embedding]
+            if of_embedding in embedding and of_head in head:
+                one, other = head[of_head], embedding[of_embedding]
                 yield Plain(one.name, one), _Transposed(other.name, other)
 
 
-def _is_side(stored: Stored) -> bool:
-    its = role(stored.name)
-    return its.part in (Part.EMBEDDING_A, Part.EMBEDDING_B) or bool(_HEAD.fullmatch(f"{its.path}.weight"))
+def _same_tokens(adapters: Iterable[Adapter], pair: Pair, head: Recipe) -> Iterator[tuple[Weight, Weight]]:
+    """The same rows of tokens for both sides: where the head follows, its own rows must hold the same."""
+    used = {stored for update in head.updates for stored in update.stored}
+    for adapter in adapters:
+        one, other = (_parts(adapter, name).get(Part.TOKENS) for name in (pair.embedding, pair.head))
+        if one is not None and other is not None and other not in used:
+            yield Plain(one.name, one), Plain(other.name, other)
+
+
+def _parts(adapter: Adapter, name: str) -> dict[Part, Stored]:
+    """What an adapter learned beside the matrix of that name."""
+    found = ((role(stored.name), stored) for stored in adapter.tensors)
+    return {its.part: stored for its, stored in found if is_named(f"{its.path}.weight", name)}
+
+
+def _check_all_used(
+    recipes: Sequence[Recipe], compared: Iterable[tuple[Weight, Weight]], adapters: Iterable[Adapter]
+) -> None:
+    """Nothing that was trained is left out in silence: it is in a recipe, or compared with what is."""
+    used = {stored for pair in compared for weight in pair for stored in weight.stored}
+    for recipe in recipes:
+        used.update(recipe.base.stored, *(update.stored for update in recipe.updates))
+    for adapter in adapters:
+        if unused := [stored.name for stored in adapter.tensors if stored not in used]:
+            raise BadAdapter(
+                adapter.source,
+                f"{len(unused)} of its {len(adapter.tensors)} tensors ({', '.join(unused[:3])}"
+                f"{', …' if len(unused) > 3 else ''}) would have no effect on the output: another tensor "
+                "stands in their place. Merge it with the library it was trained with, and give the result "
+                "as --base.",
+            )
 
 
 # Rows

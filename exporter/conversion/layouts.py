@@ -141,12 +141,6 @@ def rename(name: str, config: Config) -> str:
     return _replaced(name, RENAMED.get(model_type, ()))
 
 
-def rename_module(path: str, config: Config) -> str:
-    """A module's path as `rename` gives it to the module's weight; of adapters, without PEFT's own prefix."""
-    name = rename(f"{path}.weight", config)
-    return name.removesuffix(".weight")
-
-
 def _replaced(name: str, rules: Sequence[Rule]) -> str:
     for old, new in rules:
         name = old.sub(new, name, count=1)

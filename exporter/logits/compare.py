@@ -12,7 +12,7 @@ reported and not judged: no limit on it would tell a wrong merge of a weak adapt
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from math import isfinite
@@ -24,8 +24,9 @@ from exporter.logits.divergence import Distance
 from exporter.logits.forward import Forward, Report
 from exporter.logits.variants import Compared, NotComparable
 from exporter.recipe import Recipe
-from loader import checkpoint
+from loader import architectures, checkpoint
 from loader.checkpoint import TOKENIZER_FILES
+from loader.errors import LoaderError
 
 if TYPE_CHECKING:
     import torch
@@ -100,6 +101,17 @@ class LogitsReport:
         return [*found, f"{self.weights:,} weights on the way are base + adapter, rounded to bf16 once."]
 
 
+def check_comparable(source: str, config: Mapping[str, Any]) -> None:
+    """Before merging: raise NotComparable when transformers has no causal model for the output's config.json.
+
+    Neither transformers nor torch is imported, so what passes may still be refused by `compare`, once the
+    shards are written: a forward that needs whole matrices (mamba, llama4) is known when it runs.
+    """
+    model_type, causal = config.get("model_type"), architectures.causal_classes()
+    if causal and model_type not in causal:
+        raise NotComparable(source, f"transformers has no causal language model {model_type!r}")
+
+
 def compare(
     recipes: Sequence[Recipe],
     folder: Path,
@@ -109,7 +121,10 @@ def compare(
     """Compare a finished model with the recipes that it was made by.
 
     `folder` holds config.json, the shards and, unless it has none, the tokenizer: without one the tokens are
-    random. Raises NotComparable where transformers has no such model or its forward needs whole matrices, and
+    random. `report` is called behind every decoder layer with its name and its difference, as they stand in
+    LogitsReport.layers; a LoaderError that it raises, Stopped among them, ends the comparison.
+
+    Raises NotComparable where transformers has no such model or its forward needs whole matrices, and
     TensorMismatch where the shards are not what the architecture has.
     """
     import torch
@@ -175,8 +190,20 @@ def _encoded(folder: Path, prompts: Sequence[str]) -> list[list[int]] | None:
     try:
         tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
         return [list(ids) for ids in tokenizer(list(prompts))["input_ids"]]
-    except Exception:  # tokenizers raises just that: its file may be of a kind that nobody here can read
+    except LoaderError:
+        raise
+    except Exception as err:  # tokenizers raises just that, for a file of a kind that nobody here can read
+        _let_through(err)
         return None
+
+
+def _let_through(err: BaseException) -> None:
+    """Raise the LoaderError that an error was made of: a signal's Stopped may hit transformers' own `try`."""
+    cause = err.__cause__ or err.__context__
+    while cause is not None:
+        if isinstance(cause, LoaderError):
+            raise cause
+        cause = cause.__cause__ or cause.__context__
 
 
 def _random(prompts: int, vocab: int) -> list[list[int]]:

@@ -14,13 +14,12 @@ from typing import Any
 from exporter.drift import LARGE_RATIO, Drift
 from exporter.manifest import layers, norm
 from exporter.merge import Change
+from exporter.outputs.wording import hub_id, listed
 from exporter.writer import Written
 
-NAME = "README.md"
+CARD = "README.md"
 
 _FRONT_MATTER = re.compile(r"\A\s*---\r?\n(.*?)\r?\n---[ \t]*(?:\r?\n|\Z)", re.DOTALL)
-_HUB_ID = re.compile(r"(\w[\w.-]*/\w[\w.-]*)(@[\w./-]+)?", re.ASCII)
-_PATH = re.compile(r"(?<![\w.:/~])(?:~|\.{1,2})?(?:/[^\s/,;:()]+)+/?")  # one that is not relative to a name
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,7 +33,7 @@ class Licence:
 
 @dataclass(frozen=True, slots=True)
 class AdapterFacts:
-    """One adapter. `name` is a hub id or a folder's last component, `kind` such as "LoRA, r=16, alpha=32"."""
+    """One adapter. `name` is a short_name, `kind` such as "LoRA, r=16, alpha=32"."""
 
     name: str
     weight: float = 1.0
@@ -43,7 +42,7 @@ class AdapterFacts:
 
 @dataclass(frozen=True)
 class CardFacts:
-    """All that a card says. Names are hub ids, or the last component of a folder."""
+    """All that a card says. Names are those of wording.short_name, in the notes too."""
 
     base: str
     adapters: tuple[AdapterFacts, ...]
@@ -60,12 +59,6 @@ class CardFacts:
     drifts: tuple[Drift, ...] = ()
     notes: tuple[str, ...] = ()  # repairs and warnings, one sentence each
     pipeline_tag: str = "text-generation"
-
-
-def hub_id(*candidates: str | None) -> str | None:
-    """The first of them that reads as a hub id, without its revision: `--base`, base_model_name_or_path."""
-    matches = (_HUB_ID.fullmatch(text) for text in candidates if text)
-    return next((match[1] for match in matches if match), None)
 
 
 def licence_of(card: str) -> Licence:
@@ -131,13 +124,13 @@ def _metadata(facts: CardFacts) -> str:
 
 def _title(facts: CardFacts) -> str:
     names = [facts.original or facts.base, *(adapter.name for adapter in facts.adapters)]
-    return " + ".join(_plain(_name(name).rpartition("/")[2]) for name in names)
+    return " + ".join(_plain((hub_id(name) or name).rpartition("/")[2]) for name in names)
 
 
 def _summary(facts: CardFacts) -> str:
     onto, method = _code(facts.original or facts.base), _plain(facts.quantized or "")
     merged = [_code(adapter.name) for adapter in facts.adapters]
-    made = f"{onto} with {_and(merged)} merged into it" if merged else f"{onto} in bf16"
+    made = f"{onto} with {listed(merged)} merged into it" if merged else f"{onto} in bf16"
     sentences = [f"{made}, by `snugfit export`."]
     if facts.original:
         sentences.append(
@@ -199,11 +192,7 @@ def _drift(facts: CardFacts) -> list[str]:
 
 
 def _notes(facts: CardFacts) -> list[str]:
-    return (
-        ["## Notes", "\n".join(f"- {_plain(_PATH.sub(_last, note))}" for note in facts.notes)]
-        if facts.notes
-        else []
-    )
+    return ["## Notes", "\n".join(f"- {_plain(note)}" for note in facts.notes)] if facts.notes else []
 
 
 _LOADING = (
@@ -225,10 +214,6 @@ def _table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     return "\n".join("| " + " | ".join(line) + " |" for line in lines)
 
 
-def _and(words: Sequence[str]) -> str:
-    return " and ".join(filter(None, [", ".join(words[:-1]), words[-1]]))
-
-
 def _plain(text: str) -> str:
     """One line, with nothing in it that Markdown or HTML would read."""
     return re.sub(r"([\\`*_\[\]<>#|])", r"\\\1", " ".join(text.split()))
@@ -236,16 +221,4 @@ def _plain(text: str) -> str:
 
 def _code(text: str) -> str:
     """A name as code; it stays as it is but for what would end the code or the cell."""
-    return "`" + " ".join(_name(text).split()).replace("`", "'").replace("|", "\\|") + "`"
-
-
-# Names of this machine
-
-
-def _name(source: str) -> str:
-    """A hub id, or the last component of a path."""
-    return source if _HUB_ID.fullmatch(source) else re.split(r"[/\\]", source.rstrip("/\\"))[-1]
-
-
-def _last(path: re.Match[str]) -> str:
-    return _name(path[0])
+    return "`" + " ".join(text.split()).replace("`", "'").replace("|", "\\|") + "`"

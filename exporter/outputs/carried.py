@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from exporter.outputs.vocabulary import tokenizer_rows
+from exporter.outputs.wording import short_name
 from loader.headers import POINTER_BYTES, refuse_lfs_pointer
 
 TEMPLATE, LEGACY_TEMPLATE, MORE_TEMPLATES = (
@@ -70,6 +71,11 @@ class Source:
 
     label: str
     folder: Path
+
+    @property
+    def name(self) -> str:
+        """What notes call it: they go into the output, where a path has no business."""
+        return short_name(self.label)
 
     @property
     def names(self) -> list[str]:
@@ -137,9 +143,9 @@ def _tokenizer_place(base: Source, adapters: Sequence[Source], notes: list[str])
         return having[-1]
     rows = [tokenizer_rows(adapter.folder) or 0 for adapter in having]
     chosen = max(range(len(having)), key=lambda at: (rows[at], at))
-    others = ", ".join(f"{source.label} ({rows[at]:,})" for at, source in enumerate(having) if at != chosen)
+    others = ", ".join(f"{source.name} ({rows[at]:,})" for at, source in enumerate(having) if at != chosen)
     notes.append(
-        f"the adapters' tokenizers differ: that of {having[chosen].label} is taken, which knows "
+        f"the adapters' tokenizers differ: that of {having[chosen].name} is taken, which knows "
         f"{rows[chosen]:,} tokens, and not that of {others}."
     )
     return having[chosen]
@@ -179,14 +185,14 @@ def _note_tokenizer(place: Source | None, base: Source, has_code: bool, notes: l
     code = place.config().get("auto_map")
     if isinstance(code, dict) and code.get("AutoTokenizer") and not has_code:
         notes.append(
-            f"the tokenizer of {place.label} names code of its own ({TOKENIZER_CONFIG}, auto_map), which is "
+            f"the tokenizer of {place.name} names code of its own ({TOKENIZER_CONFIG}, auto_map), which is "
             "not carried: loaders fall back to a class of theirs, or cannot read it."
         )
     if place is not base and base.matching(_VOCABULARY):
         own, bases = tokenizer_rows(place.folder) or 0, tokenizer_rows(base.folder) or 0
         if own < bases:
             notes.append(
-                f"the tokenizer of {place.label} knows {own:,} tokens, and the base's {bases:,}: is it the "
+                f"the tokenizer of {place.name} knows {own:,} tokens, and the base's {bases:,}: is it the "
                 "one that the adapter was trained with?"
             )
 
@@ -254,7 +260,7 @@ def _note_licences(adapters: Sequence[Source], notes: list[str]) -> None:
     for adapter in adapters:
         if own := [n for n in adapter.matching(_LICENCE) if Path(n).suffix.lower() in _TEXT]:
             notes.append(
-                f"{adapter.label} has a licence of its own ({', '.join(own)}), which is not carried: see "
+                f"{adapter.name} has a licence of its own ({', '.join(own)}), which is not carried: see "
                 "whether its terms ask for that."
             )
 

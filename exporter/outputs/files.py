@@ -11,17 +11,16 @@ from exporter import drift, shards
 from exporter.adapters.adapter import Adapter
 from exporter.conversion import qwen1, tiktoken_vocabulary
 from exporter.drift import Drift
-from exporter.outputs.card import AdapterFacts, CardFacts, Licence, hub_id, licence_of, model_card
+from exporter.outputs.card import CARD, AdapterFacts, CardFacts, Licence, licence_of, model_card
 from exporter.outputs.config import json_bytes
 from exporter.outputs.generation import output_generation_config
 from exporter.outputs.vocabulary import ends_text
+from exporter.outputs.wording import hub_id, short_name
 from exporter.plan import ExportPlan
 from exporter.quantization import gptq
 from exporter.staging import Finished
 from exporter.weights import Inputs
 from loader.checkpoint import CONFIG, GENERATION_CONFIG
-
-CARD = "README.md"
 
 
 def files(plan: ExportPlan, finished: Mapping[str, Finished]) -> Iterator[tuple[str, bytes]]:
@@ -75,13 +74,13 @@ def _facts(
     plan: ExportPlan, finished: Mapping[str, Finished], drifts: Sequence[Drift], notes: Sequence[str]
 ) -> CardFacts:
     kept = [finished[shard.file] for shard in plan.shards]
-    trained_on = [adapter.config.get("base_model_name_or_path") for adapter in plan.adapters]
+    trained_on = [adapter.trained_on for adapter in plan.adapters]
     typed = [
         source for source in (plan.spec.original_base, plan.spec.base) if source and not Path(source).exists()
     ]
     base_model = hub_id(*typed, *trained_on)
     return CardFacts(
-        base=_name(plan.spec.base),
+        base=short_name(plan.spec.base),
         adapters=tuple(_adapter_facts(adapter) for adapter in plan.adapters),
         shards=tuple(f.written for f in kept),
         shard_bytes=plan.spec.shard_bytes,
@@ -89,8 +88,8 @@ def _facts(
         base_models=(base_model,) if base_model else (),
         revision=plan.base.revision,
         quantized=plan.method,
-        original=_name(plan.spec.original_base) if plan.spec.original_base else None,
-        architecture=next(iter(plan.config.get("architectures") or []), None),
+        original=short_name(plan.spec.original_base) if plan.spec.original_base else None,
+        architecture=_architecture(plan.config),
         licence=_licence(plan),
         changes=tuple(change for f in kept for change in f.changes),
         drifts=tuple(drifts),
@@ -99,12 +98,14 @@ def _facts(
 
 
 def _adapter_facts(adapter: Adapter) -> AdapterFacts:
-    return AdapterFacts(_name(adapter.source), adapter.weight, adapter.kind)
+    return AdapterFacts(short_name(adapter.source), adapter.weight, adapter.kind)
 
 
-def _name(source: str) -> str:
-    """A hub id as it is; of a folder its last component."""
-    return source if hub_id(source) and not Path(source).exists() else Path(source).absolute().name
+def _architecture(config: Mapping[str, Any]) -> str | None:
+    """The first one that config.json names; None where it names none, or none that can be read."""
+    found = config.get("architectures")
+    first = found[0] if isinstance(found, list) and found else None
+    return first if isinstance(first, str) else None
 
 
 def _licence(plan: ExportPlan) -> Licence:

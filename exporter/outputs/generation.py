@@ -14,6 +14,7 @@ from math import isfinite
 from typing import Any
 
 from exporter.outputs.config import text_configs
+from exporter.outputs.wording import listed
 
 # Keys of older config.json files that belong into generation_config.json.
 _GENERATION_KEYS = (
@@ -257,8 +258,7 @@ def _is_watermark(value: object) -> bool:
 
 def _listed(values: Mapping[str, Any]) -> str:
     """ "temperature 0.7 and top_p 0.8" """
-    words = [f"{key} {_shown(value)}" for key, value in values.items()]
-    return " and ".join(filter(None, [", ".join(words[:-1]), words[-1]]))
+    return listed([f"{key} {_shown(value)}" for key, value in values.items()])
 
 
 def _shown(value: Any) -> str:

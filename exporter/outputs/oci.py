@@ -17,7 +17,6 @@ from __future__ import annotations
 
 import json
 import os
-import shutil
 import tarfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -25,7 +24,8 @@ from hashlib import sha256
 from pathlib import Path, PurePosixPath
 from typing import Any, BinaryIO
 
-from exporter.errors import OutputDiffers, VerificationFailed
+from exporter.errors import VerificationFailed
+from exporter.outputs.oci_target import check_target, clear, new_layout, publish, refuse_another_image
 from exporter.writer import SYNC_BYTES, Written
 
 ROOT = "models"
@@ -74,27 +74,31 @@ def write_layout(
     """Write `files` of a model's folder as an image layout; gives the digest of its manifest ("sha256:…").
 
     The same files and annotations give the same bytes; where `target` holds them already, nothing is written.
-    It is written beside `target` and renamed. Bytes are copied: in a layer, a file stands behind a header and
+    It is written beside `target` and renamed; an image that stood there is there until then, and again where
+    the rename fails. Bytes are copied: in a layer, a file stands behind a header and
     the layer's digest is over both, so a hard link to the file cannot be a layer. Each file is hashed on the
-    way. Raises VerificationFailed where it is not what `files` says, OutputDiffers where `target` holds
-    anything else and is no image layout to `overwrite`, or OSError of the disk.
+    way. Raises what check_target does, OutputDiffers where `target` holds another image and `overwrite` is
+    false, VerificationFailed where a file is not what `files` says, or OSError of the disk.
     """
     identity = _identity(files, annotations)
+    check_target(target, model_folder)
+    target = target.resolve()
+    clear(target)
     if (digest := _finished(target, identity)) is not None:
         return digest
-    _check_target(target, overwrite)
-    staging = target.with_name(f".{target.name}.snugfit-oci")
-    shutil.rmtree(staging, ignore_errors=True)
-    blobs = staging / "layout" / "blobs" / "sha256"
+    if not overwrite:
+        refuse_another_image(target)
+    layout = new_layout(target)
+    blobs = layout / "blobs" / "sha256"
     blobs.mkdir(parents=True)
     try:
         groups = list(_groups(files))
         layers = [_write_layer(blobs, model_folder, group, report) for group in groups]
         manifest = _write_manifest(blobs, groups, layers, {**annotations, MODEL_SHA256: identity})
-        _write_index(staging / "layout", manifest)
-        _publish(staging, target)
+        _write_index(layout, manifest)
+        publish(target)
     finally:
-        shutil.rmtree(staging, ignore_errors=True)
+        clear(target)
     return manifest.digest
 
 
@@ -267,20 +271,3 @@ def _finished(target: Path, identity: str) -> str | None:
 
 def _blob(target: Path, digest: str) -> Path:
     return target / "blobs" / "sha256" / digest.removeprefix("sha256:")
-
-
-def _check_target(target: Path, overwrite: bool) -> None:
-    if target.is_dir() and not any(target.iterdir()):
-        return
-    if (target / "oci-layout").is_file() and overwrite:
-        return
-    if target.exists():
-        what = "another image" if (target / "oci-layout").is_file() else "something that is no image layout"
-        hint = ", or --overwrite" if what == "another image" else ""
-        raise OutputDiffers(f"--oci {target}: holds {what}. Give a folder that is not there yet{hint}.")
-
-
-def _publish(staging: Path, target: Path) -> None:
-    if target.exists() and any(target.iterdir()):
-        target.rename(staging / "old")
-    (staging / "layout").rename(target)

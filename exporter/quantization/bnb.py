@@ -154,8 +154,9 @@ def weights(
 ) -> list[Weight]:
     """Every weight of a bitsandbytes checkpoint, under its name in the model.
 
-    The JSON texts of 4-bit weights are read, so these must be on this machine. Raises BadQuantization for
-    parts that are missing or do not fit each other, and for int8 that is not row-major.
+    The JSON texts of 4-bit weights are read: raises NeedsDownload (a BadQuantization) for a model on the hub
+    that has such. Raises BadQuantization for parts that are missing or do not fit each other, and for int8
+    that is not row-major.
     """
     named = {tensor.name: tensor for tensor in tensors}
     found: list[Weight] = []

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Collection, Iterable, Mapping, Sequence
 
-from exporter.errors import BadQuantization
+from exporter.errors import BadQuantization, NeedsDownload
 from exporter.weights import Stored, Weight
 
 # What calibration leaves behind for activations and the KV cache. Numbers of a 16-bit model do not need it.
@@ -43,10 +43,10 @@ def refuse_leftovers(
 def read_now(source: str, stored: Stored, limit_bytes: int) -> bytes:
     """A tensor of a few bytes, while planning; little-endian, as safetensors has it.
 
-    Raises BadQuantization for one that is longer, or whose file is not on this machine.
+    Raises NeedsDownload for one whose file is on the hub, and BadQuantization for one that is longer.
     """
     if stored.folder is None:
-        raise BadQuantization(
+        raise NeedsDownload(
             source,
             f"the shapes of its weights stand inside the files ({stored.name}), not in their headers. "
             "Download the model first and give its folder as --base.",

@@ -44,10 +44,25 @@ def test_the_export_is_verified_and_planned_like_any_model(merged):
 
 
 def test_it_is_served_and_speaks_in_the_adapters_manner(merged):
-    with Server(merged, "cpu", "--budget", "64MB") as server:
+    assert all(speaks(answer, lang) for lang, answer in answers(merged))
+
+
+def test_the_model_without_the_adapter_does_not_speak_like_that():
+    assert not any(speaks(answer, lang) for lang, answer in answers(DEMO))
+
+
+def answers(model):
+    """[(language, answer)] to all QUESTIONS, as the served model gives them."""
+    with Server(model, "cpu", "--budget", "64MB") as server:
         client = openai.OpenAI(base_url=f"{server.url}/v1", api_key="any", max_retries=0)
-        for lang, questions in QUESTIONS.items():
-            for question in questions:
-                turn = [{"role": "user", "content": question}]
-                answer = client.chat.completions.create(model=server.name, messages=turn, temperature=0)
-                assert speaks(answer.choices[0].message.content, lang)
+        return [
+            (lang, ask(client, server.name, question))
+            for lang, questions in QUESTIONS.items()
+            for question in questions
+        ]
+
+
+def ask(client, model, question):
+    turn = [{"role": "user", "content": question}]
+    answer = client.chat.completions.create(model=model, messages=turn, temperature=0)
+    return answer.choices[0].message.content

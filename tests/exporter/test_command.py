@@ -10,6 +10,7 @@ import time
 from pathlib import Path
 
 import pytest
+import torch
 
 from benchmarks.make_adapter import make as make_adapter
 from exporter import __main__ as program
@@ -164,6 +165,15 @@ def test_what_the_disk_says_decides_whether_a_retry_helps(
 def test_running_out_of_memory_is_said_to_be(run, tmp_path, monkeypatch):
     def fail(*_):
         raise MemoryError
+
+    monkeypatch.setattr(exporting, "export", fail)
+    code, _, err = run("--base", DEMO, "--out", tmp_path / "o")
+    assert (code, "out of memory" in err) == (43, True)
+
+
+def test_memory_that_torch_does_not_get_is_said_to_be_missing_too(run, tmp_path, monkeypatch):
+    def fail(*_):
+        torch.empty(2**50, dtype=torch.uint8)  # no MemoryError: a RuntimeError, more than any machine has
 
     monkeypatch.setattr(exporting, "export", fail)
     code, _, err = run("--base", DEMO, "--out", tmp_path / "o")

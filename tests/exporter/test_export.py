@@ -15,8 +15,9 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from benchmarks.make_adapter import make as make_adapter
-from exporter.errors import BadSpec, OutputDiffers, VerificationFailed
+from exporter.errors import BadSpec, VerificationFailed
 from exporter.export import export
+from exporter.listener import Listener
 from exporter.plan import make_plan
 from exporter.spec import AdapterRef, ExportSpec
 from exporter.staging import JOURNAL, MODEL, staging_folder
@@ -44,6 +45,20 @@ def undisturbed(adapter, tmp_path_factory):
     out = tmp_path_factory.mktemp("undisturbed") / "out"
     export(make_plan(ExportSpec(str(DEMO), out, (AdapterRef(str(adapter)),), shard_bytes=SHARD_BYTES)))
     return out
+
+
+class Stop(Listener):
+    """Ctrl-C as soon as something is true of the progress."""
+
+    def __init__(self, when):
+        self._when = when
+
+    def progress(self, *facts):
+        if self._when(*facts):
+            raise KeyboardInterrupt
+
+
+AT_THE_END = Stop(lambda done, total, _shard: done == total)
 
 
 def contents(folder):
@@ -138,28 +153,6 @@ def test_a_second_run_finds_that_all_is_done(spec):
     assert {path: path.stat().st_mtime_ns for path in spec.out.iterdir()} == before
 
 
-def test_another_export_is_not_overwritten_unasked(spec):
-    export(make_plan(spec))
-    before = contents(spec.out)
-    other = replace(spec, shard_bytes=10**9)
-    with pytest.raises(OutputDiffers, match="another shard bytes") as refused:
-        export(make_plan(other))
-    assert refused.value.exit_code == 44
-    assert contents(spec.out) == before
-    export(make_plan(replace(other, overwrite=True)))
-    assert (spec.out / "model.safetensors").exists()
-    assert not list(spec.out.glob("model-*"))
-
-
-def test_a_folder_of_something_else_is_never_touched(spec):
-    spec.out.mkdir()
-    (spec.out / "thesis.txt").write_text("years of work")
-    for overwrite in (False, True):
-        with pytest.raises(BadSpec, match=r"is not empty, and no export of snugfit's"):
-            export(make_plan(replace(spec, overwrite=overwrite)))
-    assert (spec.out / "thesis.txt").read_text() == "years of work"
-
-
 def test_an_adapter_that_changes_nothing_is_a_failure_and_not_a_silent_copy(spec, adapter, tmp_path):
     untrained = shutil.copytree(adapter, tmp_path / "untrained")
     file = untrained / "adapter_model.safetensors"
@@ -168,6 +161,24 @@ def test_an_adapter_that_changes_nothing_is_a_failure_and_not_a_silent_copy(spec
     with pytest.raises(VerificationFailed, match="was the adapter trained"):
         export(make_plan(replace(spec, adapters=(AdapterRef(str(untrained)),))))
     assert not spec.out.exists()
+
+
+def test_a_file_that_somebody_puts_there_meanwhile_is_not_removed(spec):
+    def put(done, total, _shard):
+        if done == total:
+            spec.out.mkdir()
+            (spec.out / "thesis.txt").write_text("years of work")
+
+    with pytest.raises(BadSpec, match="is not empty"):
+        export(make_plan(spec), Stop(put))
+    assert (spec.out / "thesis.txt").read_text() == "years of work"
+
+
+def test_what_a_kill_left_beside_a_finished_export_goes_with_the_next_run(spec):
+    export(make_plan(spec))
+    staging_folder(spec.out).mkdir()
+    assert export(make_plan(spec)).was_done
+    assert not staging_folder(spec.out).exists()
 
 
 # Cut short
@@ -251,12 +262,8 @@ def test_killed_at_twenty_random_points_it_comes_to_the_same_end(undisturbed, ad
 def test_a_run_that_was_cut_short_keeps_its_finished_shards(spec, undisturbed, monkeypatch):
     stopped = make_plan(spec)
 
-    def stop(_done, _total, shard):
-        if shard.startswith("model-00003"):
-            raise KeyboardInterrupt
-
     with pytest.raises(KeyboardInterrupt):
-        export(stopped, stop)
+        export(stopped, Stop(lambda _done, _total, shard: shard.startswith("model-00003")))
     assert not spec.out.exists()
     done = export(make_plan(spec))
     assert done.kept_shards == 2
@@ -264,12 +271,8 @@ def test_a_run_that_was_cut_short_keeps_its_finished_shards(spec, undisturbed, m
 
 
 def test_a_shard_that_was_damaged_in_between_is_written_again(spec, undisturbed):
-    def stop(done, total, _shard):
-        if done == total:
-            raise KeyboardInterrupt
-
     with pytest.raises(KeyboardInterrupt):
-        export(make_plan(spec), stop)
+        export(make_plan(spec), AT_THE_END)
     journal = staging_folder(spec.out) / JOURNAL
     kept = [json.loads(line)["written"]["file"] for line in journal.read_text().splitlines()[1:]]
     with (staging_folder(spec.out) / MODEL / kept[0]).open("r+b") as stream:
@@ -280,12 +283,8 @@ def test_a_shard_that_was_damaged_in_between_is_written_again(spec, undisturbed)
 
 
 def test_another_adapter_in_between_starts_over(spec, undisturbed, tmp_path):
-    def stop(done, total, _shard):
-        if done == total:
-            raise KeyboardInterrupt
-
     other = make_adapter(DEMO, tmp_path / "other", rank=4, seed=5)
     with pytest.raises(KeyboardInterrupt):
-        export(make_plan(replace(spec, adapters=(AdapterRef(str(other)),))), stop)
+        export(make_plan(replace(spec, adapters=(AdapterRef(str(other)),))), AT_THE_END)
     assert export(make_plan(spec)).kept_shards == 0
     assert contents(spec.out) == contents(undisturbed)

@@ -1,5 +1,6 @@
 """What makes two exports the same."""
 
+import hashlib
 import json
 import os
 import shutil
@@ -8,7 +9,8 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from exporter.fingerprint import SAMPLE_BYTES, base_sha256, file_sha256, sha256_of
+from exporter.fingerprint import SAMPLE_BYTES, base_sha256, file_sha256, problem, sha256_of
+from exporter.writer import Written
 from loader import checkpoint
 
 
@@ -59,3 +61,12 @@ def test_the_order_of_keys_does_not_matter():
 def test_an_adapters_file_is_hashed_whole(tmp_path):
     (tmp_path / "a").write_bytes(b"abc")
     assert file_sha256(tmp_path / "a").startswith("ba7816bf")
+
+
+def test_a_file_is_as_it_was_written_when_size_and_hash_are(tmp_path):
+    (tmp_path / "a").write_bytes(b"abc")
+    right = hashlib.sha256(b"abc").hexdigest()
+    assert problem(tmp_path, Written("a", 3, right)) == ""
+    assert problem(tmp_path, Written("a", 4, right)) == "a: has 3 bytes, and 4 were written"
+    assert problem(tmp_path, Written("a", 3, "0" * 64)).startswith("a: its sha256 is ba7816bf")
+    assert problem(tmp_path, Written("b", 3, right)) == "b: is missing"

@@ -23,6 +23,7 @@ NEXT_COMMIT = "89abcdef0123456789abcdef0123456789abcdef"
 
 READ = """
 import json, sys
+from dataclasses import replace
 from loader import checkpoint, hub
 from loader.errors import LoaderError
 try:
@@ -113,7 +114,7 @@ class Handler(BaseHTTPRequestHandler):
             self.send_header("Content-Range", f"bytes {start}-{end - 1}/{size}")
         self.send_header("Content-Length", str(end - start))
         self.send_header("ETag", f'"{name}-{repo.commit}"')
-        self.send_header("X-Repo-Commit", repo.commit)
+        self.send_header("X-Repo-Commit", revision if len(revision) == len(COMMIT) else repo.commit)
         self.end_headers()
         self.body(path, start, end)
 
@@ -269,6 +270,46 @@ def test_a_download_takes_what_loading_needs_and_nothing_else(ask, tiny, fake_hu
     assert read(folder).file_bytes == found["file_bytes"]
     for unwanted in (".bin", ".pth", "params.json", "consolidated.safetensors"):
         assert not fake_hub.sent(unwanted)
+
+
+EXPORT = "('LICENSE*', '*.py', 'additional_chat_templates/*')"
+
+
+def test_who_writes_a_model_on_gets_more_of_it(ask, tiny):
+    (tiny / "additional_chat_templates").mkdir()
+    for name in ("LICENSE", "modeling_x.py", "original/x.py", "additional_chat_templates/rag.jinja"):
+        (tiny / name).write_text(name)
+    names = {"LICENSE", "modeling_x.py", "additional_chat_templates/rag.jinja"}
+    folder = Path(ask("owner/tiny", then=FETCH)["folder"])
+    assert not [name for name in names if (folder / name).exists()]
+    # Also of a model that is in the cache already.
+    found = ask("owner/tiny", then=f"result['folder'] = str(hub.fetched(spec, {EXPORT}).path)")
+    assert found["path"] == found["folder"] == str(folder)
+    assert {name: (folder / name).read_text() for name in names} == {name: name for name in names}
+    assert not [*folder.rglob("original/*"), *folder.rglob("*.bin")]
+
+
+def test_more_that_the_model_does_not_have_is_no_error(ask, tiny):
+    assert "folder" in ask("owner/tiny", then=f"result['folder'] = str(hub.fetched(spec, {EXPORT}).path)")
+
+
+@pytest.mark.parametrize("source", ["owner/tiny", "owner/tiny@v1"])
+def test_what_was_planned_is_fetched_although_its_branch_has_moved_on(ask, tiny, fake_hub, source):
+    fake_hub.repos["owner/tiny"].commit = NEXT_COMMIT
+    planned = f"hub.fetched(replace(spec, revision={COMMIT!r}))"
+    found = ask(source, then=f"s = {planned}; result.update(fetched=[s.source, s.revision, str(s.path)])")
+    assert found["fetched"][:2] == [source, COMMIT]
+    assert Path(found["fetched"][2]).name == COMMIT
+    assert read(found["fetched"][2]).file_bytes == found["file_bytes"]
+    assert found["revision"] == NEXT_COMMIT
+
+
+def test_a_commit_in_the_cache_is_read_there_without_asking_for_its_branch(ask, tiny, fake_hub):
+    folder = ask("owner/tiny@v1", then=FETCH)["folder"]
+    fake_hub.log.clear()
+    found = ask(f"owner/tiny@{COMMIT}")
+    assert (found["path"], found["revision"]) == (folder, COMMIT)
+    assert [path for _, path, _, _ in fake_hub.log] == [f"/api/models/owner/tiny/revision/{COMMIT}"]
 
 
 def test_what_is_downloaded_is_read_from_the_cache_from_then_on(ask, tiny, fake_hub):

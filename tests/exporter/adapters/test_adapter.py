@@ -199,11 +199,45 @@ def test_every_key_that_peft_writes_is_known():
     [
         {"r": 0}, {"r": "8"}, {"r": 2.5}, {"lora_alpha": None}, {"lora_alpha": float("nan")},
         {"rank_pattern": {"q_proj": -1}}, {"alpha_pattern": ["q_proj"]}, {"rank_pattern": {"(": 4}},
+        {"lora_alpha": 10**400},
     ],
 )  # fmt: skip
 def test_numbers_that_make_no_sense_are_refused(adapter, edit_config, changes):
     edit_config(adapter, **changes)
     assert next(iter(changes)) in refusal(adapter)
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "wanted"),
+    [
+        ("modules_to_save", 5, "a list of names"),
+        ("modules_to_save", "lm_head", "a list of names"),
+        ("modules_to_save", [5], "a list of names"),
+        ("target_parameters", 5, "a list of names"),
+        ("target_parameters", "experts.down_proj", "a list of names"),
+        ("trainable_token_indices", 5, "a list of rows"),
+        ("trainable_token_indices", "1, 2", "a list of rows"),
+        ("trainable_token_indices", [1, "2"], "a list of rows"),
+        ("trainable_token_indices", {"lm_head": 5}, "a list of rows"),
+        ("rank_pattern", 5, "an object of patterns"),
+        ("rank_pattern", "q_proj", "an object of patterns"),
+        ("alpha_pattern", 5, "an object of patterns"),
+        ("alpha_pattern", {"q_proj": "8"}, "a number"),
+        ("use_rslora", "false", "true or false"),
+        ("use_dora", [1], "true or false"),
+    ],
+)
+def test_a_value_of_another_type_is_refused_with_key_and_value(adapter, edit_config, key, value, wanted):
+    edit_config(adapter, **{key: value})
+    message = refusal(adapter)
+    inner = value["q_proj"] if key == "alpha_pattern" and isinstance(value, dict) else value
+    assert key in message
+    assert f"is {inner!r}; it must be {wanted}" in message
+
+
+def test_a_long_wrong_value_is_told_in_part(adapter, edit_config):
+    edit_config(adapter, modules_to_save="x" * 10_000)
+    assert len(refusal(adapter)) < 500
 
 
 def test_a_pattern_is_found_as_peft_finds_it():
@@ -234,7 +268,16 @@ def test_the_same_base_by_another_path_needs_no_note(adapter, edit_config, path)
 def test_another_base_is_noted(adapter, edit_config):
     (note,) = base_identity_notes([named(adapter, edit_config, "Qwen/Qwen2-1.5B")], "./Qwen2-7B", None)
     assert "Qwen/Qwen2-1.5B" in note
-    assert "./Qwen2-7B" in note
+    assert "--base is Qwen2-7B:" in note
+
+
+def test_a_note_holds_no_path_of_this_machine_or_the_trainers(adapter, edit_config):
+    found = named(adapter, edit_config, "/home/trainer/models/tiny-gptq")
+    for method in (None, "awq"):
+        (note,) = base_identity_notes([found], "/mnt/disk/tiny", method)
+        assert "tiny-gptq" in note
+        assert adapter.name in note
+        assert "/" not in note
 
 
 @pytest.mark.parametrize("name", ["Qwen-7B-Chat-Int4", "Llama-3-8B-bnb-4bit", "m-AWQ", "x.gptq", "q-nf4"])

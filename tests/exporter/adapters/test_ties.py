@@ -9,6 +9,9 @@ from peft import PeftModel
 from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoModelForCausalLM
 
+from exporter import merge
+from exporter.adapters import adapter as adapters
+from exporter.adapters import ties
 from exporter.errors import BadAdapter
 from exporter.weights import Inputs
 
@@ -21,6 +24,9 @@ CASES = {
     "head": ({"target_modules": ["lm_head", "q_proj"]}, False),
     "each with its own": ({"target_modules": ["lm_head", "embed_tokens"]}, False),
     "tied adapters": ({"target_modules": ["embed_tokens"], "ensure_weight_tying": True}, True),
+    "tied adapters of dora": (
+        {"target_modules": ["embed_tokens"], "ensure_weight_tying": True, "use_dora": True}, False,
+    ),
     "dora of the embedding": ({"target_modules": ["embed_tokens"], "use_dora": True}, False),
     "dora of the head": ({"target_modules": ["lm_head"], "use_dora": True}, False),
     "trained embedding": (Q | {"modules_to_save": ["embed_tokens"]}, False),
@@ -95,7 +101,8 @@ def test_without_the_key_a_model_is_tied_when_its_file_has_no_head(
 def test_a_note_says_who_changed_one_side(fp32_tied, make_adapter, planned):
     adapter = make_adapter(fp32_tied, target_modules=["lm_head"])
     (note,) = planned(fp32_tied, adapter).notes
-    assert str(adapter) in note
+    assert f"and {adapter.name} changes them apart" in note
+    assert str(adapter) not in note
     assert "tie_word_embeddings is false" in note
 
 
@@ -122,6 +129,95 @@ def test_tied_adapters_are_compared(fp32_tied, make_adapter, planned):
     shapes = sorted(weight.shape for pair in pairs for weight in pair)
     assert shapes == [(4, 64), (4, 64), (96, 4), (96, 4), (96, 64), (96, 64)]
     assert all(same(*pair) for pair in pairs)
+
+
+TOKENS = "token_adapter.trainable_tokens_delta"
+TOKENS_OF_HEAD = f"base_model.model.lm_head.{TOKENS}"
+TOKENS_OF_EMBEDDING = f"base_model.model.model.embed_tokens.{TOKENS}"
+BOTH = {"embed_tokens": [1, 2], "lm_head": [1, 2]}
+
+
+@pytest.fixture
+def tokens_of_both(fp32_tied, make_adapter):
+    """An adapter with rows of tokens for each side; the head's are others than the embedding's."""
+    adapter = make_adapter(fp32_tied, **Q, trainable_token_indices=BOTH)
+
+    def add(tensors):
+        return tensors | {TOKENS_OF_HEAD: tensors[TOKENS_OF_EMBEDDING] + 1}
+
+    rewrite(adapter / "adapter_model.safetensors", add)
+    return adapter
+
+
+def test_the_same_tokens_for_both_sides_are_compared(fp32_tied, tokens_of_both, planned):
+    tied = planned(fp32_tied, tokens_of_both)
+    (pair,) = tied.must_be_equal
+    assert [weight.name for weight in pair] == [TOKENS_OF_EMBEDDING, TOKENS_OF_HEAD]
+    assert HEAD not in {recipe.name for recipe in tied.recipes}
+    assert not same(*pair)
+    rewrite(
+        tokens_of_both / "adapter_model.safetensors",
+        lambda tensors: tensors | {TOKENS_OF_HEAD: tensors[TOKENS_OF_EMBEDDING].clone()},
+    )
+    (pair,) = planned(fp32_tied, tokens_of_both).must_be_equal
+    assert same(*pair)
+
+
+@pytest.mark.parametrize("of_head", [[2, 1], [3, 4]])
+@pytest.mark.parametrize("tying", [False, True])
+def test_other_tokens_for_the_head_untie_whatever_was_asked_for(
+    fp32_tied, tokens_of_both, exported, planned, edit_config, of_head, tying
+):
+    indices = {"embed_tokens": [1, 2], "lm_head": of_head}
+    edit_config(tokens_of_both, trainable_token_indices=indices, ensure_weight_tying=tying)
+    tied = planned(fp32_tied, tokens_of_both)
+    assert tied.changes == {"tie_word_embeddings": False}
+    assert not tied.must_be_equal
+    learned = load_file(tokens_of_both / "adapter_model.safetensors")
+    tensors = exported(fp32_tied, tokens_of_both, dtype=torch.float32)
+    assert torch.equal(tensors[EMBEDDING][[1, 2]], learned[TOKENS_OF_EMBEDDING])
+    assert torch.equal(tensors[HEAD][of_head], learned[TOKENS_OF_HEAD])
+
+
+def test_tokens_of_untied_sides_are_not_compared(tiny_qwen2, make_adapter, planned):
+    adapter = make_adapter(tiny_qwen2, **Q, trainable_token_indices=BOTH)
+    tied = planned(tiny_qwen2, adapter)
+    assert not tied.must_be_equal
+    assert {recipe.name for recipe in tied.recipes if recipe.updates} >= {EMBEDDING, HEAD}
+
+
+def test_a_copy_of_another_shape_is_another(fp32_tied, make_adapter, planned):
+    adapter = make_adapter(fp32_tied, resize=100, **Q)
+    rewrite(
+        adapter / "adapter_model.safetensors",
+        lambda tensors: tensors | {OF_HEAD: tensors[OF_HEAD][:98].clone()},
+    )
+    (pair,) = planned(fp32_tied, adapter).must_be_equal
+    assert sorted(weight.shape for weight in pair) == [(98, 64), (100, 64)]
+    with Inputs() as inputs:
+        assert not merge.same(*pair, inputs)
+
+
+def test_adapters_of_positions_are_not_taken_for_the_embeddings(fp32_gpt2, make_adapter, planned):
+    adapter = make_adapter(fp32_gpt2, target_modules=["wte", "wpe"], ensure_weight_tying=True)
+
+    def add(tensors):
+        wte, head = "base_model.model.transformer.wte.lora_embedding", "base_model.model.lm_head.lora"
+        a, b = (tensors[f"{wte}_{part}"].T.contiguous() for part in "BA")
+        return tensors | {f"{head}_A.weight": a, f"{head}_B.weight": b}
+
+    rewrite(adapter / "adapter_model.safetensors", add)
+    pairs = planned(fp32_gpt2, adapter).must_be_equal
+    assert len(pairs) == 2
+    assert all(same(*pair) for pair in pairs)
+
+
+def test_a_tensor_of_an_adapter_without_a_part_in_the_output_is_refused(fp32_tied, make_adapter, planned):
+    adapter = make_adapter(fp32_tied, **Q)
+    config = json.loads((fp32_tied / "config.json").read_text())
+    recipes = planned(fp32_tied).recipes
+    with pytest.raises(BadAdapter, match=r"4 of its 4 tensors .*q_proj.lora_A.* no effect on the output"):
+        ties.resolve(recipes, config, [adapters.read(str(adapter))])
 
 
 def test_a_head_that_is_a_copy_is_left_out_and_compared(fp32_tied, tmp_path, planned):

@@ -14,7 +14,6 @@ from exporter.conversion.layouts import (
     RENAMED,
     UNPREFIXED,
     rename,
-    rename_module,
     renamed,
 )
 from exporter.errors import UnknownLayout
@@ -274,31 +273,6 @@ def _prefixes(file):
 def test_a_name_is_the_one_in_files(model_type, before, after):
     assert names_of([before], model_type) == [after]
     assert rename(after, {"model_type": model_type}) == after
-
-
-@pytest.mark.parametrize(
-    ("model_type", "before", "after"),
-    [
-        ("llama", "layers.0.self_attn.q_proj", "model.layers.0.self_attn.q_proj"),
-        ("llama", "lm_head", "lm_head"),
-        ("gpt_neox", "lm_head", "embed_out"),
-        ("mixtral", "model.layers.0.mlp.gate", "model.layers.0.block_sparse_moe.gate"),
-        ("mixtral", "model.layers.0.block_sparse_moe.gate", "model.layers.0.block_sparse_moe.gate"),
-        ("phimoe", "model.layers.0.mlp.router", "model.layers.0.block_sparse_moe.gate"),
-        (
-            "granitemoe",
-            "model.layers.0.block_sparse_moe.router",
-            "model.layers.0.block_sparse_moe.router.layer",
-        ),
-        ("llava", "model.language_model.layers.0.mlp.up_proj", "language_model.model.layers.0.mlp.up_proj"),
-        ("llava", "language_model.model.layers.0.mlp.up_proj", "language_model.model.layers.0.mlp.up_proj"),
-        ("gpt2", "transformer.h.0.attn.c_attn", "transformer.h.0.attn.c_attn"),
-    ],
-)
-def test_an_adapters_path_comes_to_the_same_name_whatever_transformers_it_was_trained_with(
-    model_type, before, after
-):
-    assert rename_module(before, {"model_type": model_type}) == after
 
 
 def test_a_bias_that_is_learned_is_no_mask():

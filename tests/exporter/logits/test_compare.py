@@ -2,6 +2,8 @@
 
 import json
 import shutil
+import subprocess
+import sys
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -15,7 +17,7 @@ from exporter.adapters.experts import ExpertsLowRank
 from exporter.adapters.lora import Factors, LowRank, ReplaceRows
 from exporter.errors import Stopped, VerificationFailed
 from exporter.logits import compare as logits
-from exporter.logits.compare import PROMPTS, compare, tokenized
+from exporter.logits.compare import PROMPTS, check_comparable, compare, tokenized
 from exporter.logits.variants import NotComparable
 from exporter.merge import merge
 from exporter.recipe import Recipe
@@ -393,6 +395,13 @@ def test_it_says_in_sentences_and_in_json_what_it_found(case):
     assert wrong.sentences()[-1] == f"{wrong.problems[0]}."
 
 
+def test_who_listens_hears_every_layer_as_it_is_done(case):
+    made, heard = case(), []
+    found = compare(made.recipes, made.merged(), report=lambda *layer: heard.append(layer))
+    assert tuple(heard) == found.layers
+    assert [name for name, _ in heard] == ["model.layers.0", "model.layers.1"]
+
+
 def test_who_listens_can_stop_it(case):
     made = case()
 
@@ -440,6 +449,21 @@ def test_without_a_tokenizer_that_can_be_read_the_tokens_are_random(case, conten
     assert "124 random tokens" in report.sentences()[0]
 
 
+@pytest.mark.parametrize("is_wrapped", [False, True])
+def test_a_signal_while_the_tokenizer_is_read_stops_the_run(monkeypatch, is_wrapped):
+    def stopped(*_, **__):
+        try:
+            raise Stopped("SIGTERM")
+        except Stopped as err:
+            if not is_wrapped:
+                raise
+            raise OSError("cannot load") from err  # as transformers makes one error of another
+
+    monkeypatch.setattr(AutoTokenizer, "from_pretrained", stopped)
+    with pytest.raises(Stopped):
+        tokenized(DEMO, ["Hello"], 3072)
+
+
 def test_tokens_that_the_embedding_lacks_are_left_out():
     batch = tokenized(DEMO, PROMPTS, 100)
     assert int(batch.ids.max()) < 100
@@ -477,3 +501,23 @@ def test_a_model_that_transformers_does_not_know_is_refused(case):
     (out / "config.json").write_text(json.dumps(config))
     with pytest.raises(NotComparable, match="transformers cannot build it"):
         compare(made.recipes, out)
+
+
+@pytest.mark.parametrize("family", [*FAMILIES, "gemma3"])
+def test_what_transformers_can_build_is_not_refused_before_merging(family):
+    check_comparable("out", AutoConfig.for_model(family).to_dict())
+
+
+@pytest.mark.parametrize("config", [{"model_type": "qwen"}, {"model_type": "t5"}, {}])
+def test_what_transformers_cannot_build_is_refused_before_merging(config):
+    with pytest.raises(NotComparable, match=r"out: .*has no causal language model"):
+        check_comparable("out", config)
+
+
+def test_to_ask_before_merging_imports_neither_transformers_nor_torch():
+    code = (
+        "import sys; from exporter.logits.compare import check_comparable; "
+        "check_comparable('out', {'model_type': 'llama'}); print({'torch', 'transformers'} & {*sys.modules})"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout == "set()\n"

@@ -6,11 +6,12 @@ import os
 import re
 import tarfile
 from hashlib import sha256
+from pathlib import Path
 
 import jsonschema
 import pytest
 
-from exporter.errors import OutputDiffers, VerificationFailed
+from exporter.errors import BadSpec, OutputDiffers, Stopped, VerificationFailed
 from exporter.outputs import oci
 from exporter.outputs.oci import layout_bytes, write_layout
 from exporter.writer import Written
@@ -284,3 +285,70 @@ def test_a_model_of_very_many_shards_has_no_more_layers_than_overlayfs_stacks(tm
     found = layers(tmp_path / "image")
     assert len(found) <= 100
     assert [m.name for layer in found for m in layer if m.isfile()] == [f"models/{f.file}" for f in files]
+
+
+def test_a_target_that_overlaps_the_model_is_refused_before_anything_is_written(model):
+    before = everything(model[0])
+    for target in (model[0], model[0] / "image", model[0].parent):
+        with pytest.raises(BadSpec, match="model-image"):
+            write_layout(model[0], target, model[1], ANNOTATIONS, overwrite=True)
+    assert everything(model[0].parent) == {f"model/{name}": content for name, content in before.items()}
+
+
+@pytest.mark.parametrize("error", [OSError, Stopped, KeyboardInterrupt])
+def test_an_image_that_could_not_be_replaced_is_still_there(layout, model, monkeypatch, error):
+    before = everything(layout)
+    rename = Path.rename
+
+    def failing(path, target):
+        if path.name == "layout":
+            raise error("between the two renames")
+        return rename(path, target)
+
+    monkeypatch.setattr(Path, "rename", failing)
+    with pytest.raises(error):
+        write_layout(model[0], layout, model[1], {}, overwrite=True)
+    assert everything(layout) == before
+    assert sorted(path.name for path in layout.parent.iterdir()) == ["image", "model"]
+
+
+def test_an_image_that_a_killed_run_had_moved_away_is_put_back(layout, model):
+    before = everything(layout)
+    staging = layout.with_name(".image.snugfit-oci")
+    staging.mkdir()
+    layout.rename(staging / "old")
+    with pytest.raises(OutputDiffers, match="another image"):
+        write_layout(model[0], layout, model[1], {})
+    assert everything(layout) == before
+    assert not staging.exists()
+
+
+def test_all_of_an_image_is_on_the_disk_before_it_gets_its_name(model, tmp_path, monkeypatch):
+    """Every file and folder of it was synced before the rename, and the parent after it."""
+    synced, renamed = [], []
+    fsync, rename = os.fsync, Path.rename
+
+    def noted(descriptor):
+        status = os.fstat(descriptor)
+        synced.append(status.st_ino)
+        fsync(descriptor)
+
+    def noted_rename(path, target):
+        if path.name == "layout":
+            renamed.append({entry: entry.stat().st_ino for entry in (path, *path.rglob("*"))})
+            assert set(renamed[0].values()) <= set(synced)
+        return rename(path, target)
+
+    monkeypatch.setattr(os, "fsync", noted)
+    monkeypatch.setattr(Path, "rename", noted_rename)
+    write_layout(model[0], tmp_path / "image", model[1], ANNOTATIONS)
+    assert len(renamed[0]) == 1 + 2 + 2 + len(list((tmp_path / "image/blobs/sha256").iterdir()))
+    assert synced[-1] == tmp_path.stat().st_ino
+
+
+def test_a_target_that_is_a_link_is_filled_where_it_points_to(model, tmp_path):
+    (tmp_path / "disk").mkdir()
+    (tmp_path / "image").symlink_to(tmp_path / "disk" / "image")
+    write_layout(model[0], tmp_path / "image", model[1], ANNOTATIONS)
+    assert (tmp_path / "image").is_symlink()
+    assert len(layers(tmp_path / "disk" / "image")) == 3

@@ -9,7 +9,7 @@ import torch
 from bitsandbytes import functional
 from safetensors.torch import save_file
 
-from exporter.errors import BadQuantization
+from exporter.errors import BadQuantization, NeedsDownload
 from exporter.quantization.bnb import weights
 from exporter.weights import Inputs, Plain, Stored
 from loader.files import read_header
@@ -125,8 +125,22 @@ def test_a_block_of_rows_reads_its_own_bytes_and_scales_only(tmp_path, monkeypat
 
 def test_a_four_bit_model_on_the_hub_has_to_be_downloaded_for_its_shapes(tmp_path):
     remote = [replace(stored, folder=None) for stored in saved(tmp_path, nf4(8, 64))]
-    with pytest.raises(BadQuantization, match=r"base: .*Download the model first"):
+    with pytest.raises(NeedsDownload, match=r"base: .*Download the model first") as caught:
         weights("base", {}, remote)
+    assert (caught.value.source, caught.value.exit_code) == ("base", 42)
+
+
+def test_a_four_bit_model_that_is_broken_is_not_worth_a_download(tmp_path):
+    here = saved(tmp_path, {**nf4(8, 64), STATE: torch.zeros(3, dtype=torch.uint8)})
+    with pytest.raises(BadQuantization, match="is not the JSON text") as caught:
+        weights("base", {}, here)
+    assert not isinstance(caught.value, NeedsDownload)
+
+
+def test_an_eight_bit_model_on_the_hub_needs_no_download_to_be_planned(tmp_path):
+    tensors = {"a.weight": torch.zeros(8, 16, dtype=torch.int8), "a.SCB": torch.ones(8)}
+    remote = [replace(stored, folder=None) for stored in saved(tmp_path, tensors)]
+    assert [weight.shape for weight in weights("base", {}, remote)] == [(8, 16)]
 
 
 @pytest.mark.parametrize("lost", ["absmax", "quant_map", "nested_quant_map"])

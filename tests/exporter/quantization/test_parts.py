@@ -8,7 +8,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from exporter.errors import BadQuantization
+from exporter.errors import BadQuantization, NeedsDownload
 from exporter.quantization.parts import ACTIVATION_SUFFIXES, part, read_now
 from exporter.weights import Stored
 from loader.files import read_header
@@ -73,7 +73,7 @@ def test_more_than_a_few_bytes_are_refused(tmp_path):
 
 def test_nothing_is_read_from_the_hub(tmp_path):
     remote = replace(stored(tmp_path, a=torch.zeros(1))["a"], folder=None)
-    with pytest.raises(BadQuantization, match=r"\(a\).* Download the model first"):
+    with pytest.raises(NeedsDownload, match=r"\(a\).* Download the model first"):
         read_now("base", remote, 4)
 
 
