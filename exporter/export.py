@@ -128,8 +128,8 @@ def _differ(plan: ExportPlan, kept: Weight, copy: Weight) -> LoaderError:
         if adapter.folder in (stored.folder for stored in copy.stored):
             return BadAdapter(
                 adapter.source,
-                f"{kept.name} and {copy.name} are for one tied matrix and hold different values: the two sides "
-                "were trained apart, which its config does not say. Train them as one, or untie the base first.",
+                f"{kept.name} and {copy.name} are for one tied matrix and hold different values: the two "
+                "were trained apart, which its config does not say. Train them as one, or untie the base.",
             )
     return TiedWeightsDiffer(plan.spec.base, kept.name, copy.name)
 
