@@ -33,10 +33,8 @@ def _facts(plan: ExportPlan) -> Iterator[tuple[str, str]]:
         yield "adapter", f"{adapter.source}: {len(adapter.tensors)} tensors, each with its place{weight}"
     recipes = plan.recipes
     touched = sum(bool(recipe.updates) for recipe in recipes)
-    yield (
-        "tensors",
-        f"{len(recipes)}, of which {touched} are merged; {plan.config.get('architectures', ['?'])[0]}",
-    )
+    yield "tensors", f"{len(recipes)}, of which {touched} are merged"
+    yield "as", ", ".join(_architectures(plan)) or "no architecture that config.json names"
     yield "shards", _shards(plan)
     yield "memory", f"at most {format_bytes(peak_bytes(plan), binary=True)}"
     yield "out", str(plan.spec.out)

@@ -3,6 +3,7 @@
 import errno
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -65,6 +66,16 @@ def test_a_dry_run_prints_the_plan_and_writes_nothing(adapter, tmp_path):
     assert "4, 5.923 MB in bf16: model-00001-of-00004.safetensors 1.184 MB" in done.stdout
     assert done.stderr == "imported:\n"
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("architectures", [None, [], "Qwen2ForCausalLM", 7])
+def test_a_base_that_names_no_architecture_is_planned_all_the_same(run, tmp_path, architectures):
+    base = shutil.copytree(DEMO, tmp_path / "base")
+    config = json.loads((base / "config.json").read_text()) | {"architectures": architectures}
+    (base / "config.json").write_text(json.dumps(config))
+    code, out, _ = run("--base", base, "--out", tmp_path / "o", "--dry-run")
+    assert code == 0
+    assert "no architecture that config.json names" in out
 
 
 def test_a_dry_run_in_json_is_one_object(run, adapter, tmp_path):
