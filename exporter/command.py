@@ -17,6 +17,8 @@ from exporter.progress import Bar, JsonLines, event, tell
 from exporter.room import check_room
 from exporter.spec import KEYS, USAGE, ExportSpec, from_toml, make_spec
 from loader import checkpoint, hub
+from loader.checkpoint import ModelSpec
+from loader.errors import HubError
 from loader.usage import Parser
 
 # Of a hub model, besides what loading it takes.
@@ -64,7 +66,16 @@ def _with_weights_here(plan: ExportPlan) -> ExportPlan:
         return plan
     more = (*MORE, "*.py") if keeps_remote_code(plan.base) else MORE
     original = hub.fetched(plan.original) if plan.original else None
-    return make_plan(plan.spec, hub.fetched(plan.base, more), original)
+    return make_plan(plan.spec, _fetched(plan.base, more), original)
+
+
+def _fetched(base: ModelSpec, more: tuple[str, ...]) -> ModelSpec:
+    try:
+        return hub.fetched(base, more)
+    except HubError:
+        if base.path is None:
+            raise
+        return base  # without a network a model that was cached for serving comes without its licence
 
 
 def _carry_out(plan: ExportPlan, as_json: bool) -> None:

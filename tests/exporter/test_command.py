@@ -128,6 +128,25 @@ def test_verify_names_every_file_and_its_hash(run, tmp_path):
     assert "config.json: has 2 bytes, and" in err
 
 
+def test_models_of_the_hub_are_exported_from_the_cache_when_there_is_no_network(adapter, tmp_path):
+    commit = "0123456789abcdef0123456789abcdef01234567"
+    for name, folder in (("demo", DEMO), ("lora", adapter)):
+        cached = tmp_path / "hub" / f"models--owner--{name}"
+        shutil.copytree(folder, cached / "snapshots" / commit)
+        (cached / "refs").mkdir()
+        (cached / "refs" / "main").write_text(commit)
+    done = subprocess.run(
+        [sys.executable, "-m", "exporter", "--base", "owner/demo", "--adapter", "owner/lora", "--out",
+         tmp_path / "o"],
+        capture_output=True, text=True, cwd=ROOT, timeout=120,
+        env={**os.environ, "HF_HOME": str(tmp_path), "HF_HUB_OFFLINE": "1"},
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    assert "- owner/demo" in (tmp_path / "o" / "README.md").read_text()
+    made_of = json.loads((tmp_path / "o" / "snugfit_export.json").read_text())["made_of"]
+    assert made_of["base"]["name"] == f"owner/demo@{commit}"
+
+
 # Exit codes
 
 
