@@ -100,8 +100,7 @@ def bench(arguments: argparse.Namespace, work: Path) -> dict[str, Any]:
     spec = checkpoint.read_any(arguments.model)
     print(f"{arguments.model.name}: {predicted(spec)}", flush=True)
     ours, theirs, copy = work / "ours", work / "peft", work / "copy"
-    export = [sys.executable, "-m", "exporter", "--base", arguments.model, "--adapter", arguments.adapter,
-              "--out", ours, "--shard-size", arguments.shard_size]  # fmt: skip
+    export = export_command(arguments, ours)
     rows: dict[str, Run] = {}
     for _ in range(arguments.repeats):
         shutil.rmtree(ours, ignore_errors=True)
@@ -139,26 +138,41 @@ def best(before: Run | None, now: Run) -> Run:
     return Run(faster.wall_seconds, faster.cpu_seconds, max(before.peak_bytes, now.peak_bytes))
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+def export_command(arguments: argparse.Namespace, out: Path) -> list[str]:
+    words = [sys.executable, "-m", "exporter", "--base", arguments.model, "--adapter", arguments.adapter,
+             "--out", out, "--shard-size", arguments.shard_size]  # fmt: skip
+    return [str(word) for word in words]
+
+
+def add_arguments(parser: argparse.ArgumentParser, shard_size: str) -> None:
+    """What every benchmark of exports is told."""
     parser.add_argument("model", type=Path)
     parser.add_argument("adapter", type=Path)
-    parser.add_argument("--peft", action="store_true")
-    parser.add_argument("--repeats", type=int, default=2)
-    parser.add_argument("--shard-size", default="1.88GB")
-    parser.add_argument(
-        "--limit", type=parse_bytes, metavar="SIZE", help="memory of the export's control group"
-    )
+    parser.add_argument("--shard-size", default=shard_size)
     parser.add_argument("--work", type=Path, default=Path("build/export-benchmark"))
-    arguments = parser.parse_args()
+
+
+def run(bench: Callable[[argparse.Namespace, Path], dict[str, Any]], arguments: argparse.Namespace) -> None:
+    """Bench in an empty folder, print the result as a line of JSON, and remove the folder."""
     shutil.rmtree(arguments.work, ignore_errors=True)
     arguments.work.mkdir(parents=True)
     try:
         print(json.dumps(bench(arguments, arguments.work)))
     finally:
         shutil.rmtree(arguments.work)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    add_arguments(parser, shard_size="1.88GB")
+    parser.add_argument("--peft", action="store_true")
+    parser.add_argument("--repeats", type=int, default=2)
+    parser.add_argument(
+        "--limit", type=parse_bytes, metavar="SIZE", help="memory of the export's control group"
+    )
+    run(bench, parser.parse_args())
 
 
 if __name__ == "__main__":

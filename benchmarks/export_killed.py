@@ -9,25 +9,23 @@ is the same as that of an export which nobody disturbed.
 from __future__ import annotations
 
 import argparse
-import json
 import random
 import shutil
 import signal
 import subprocess
-import sys
 import time
 from pathlib import Path
 from typing import Any
 
+from benchmarks.export import add_arguments, export_command, run
 from exporter import manifest
+from exporter.destination import damaged
 from exporter.errors import VerificationFailed
 from exporter.staging import JOURNAL, MODEL, staging_folder
 
 
 def start(arguments: argparse.Namespace, out: Path) -> subprocess.Popen[bytes]:
-    command = [sys.executable, "-m", "exporter", "--base", arguments.model, "--adapter", arguments.adapter,
-               "--out", out, "--shard-size", arguments.shard_size]  # fmt: skip
-    return subprocess.Popen([str(word) for word in command], stdout=subprocess.DEVNULL)
+    return subprocess.Popen(export_command(arguments, out), stdout=subprocess.DEVNULL)
 
 
 def hashes(folder: Path) -> dict[str, str]:
@@ -52,11 +50,7 @@ def is_half_written(out: Path) -> bool:
         found = manifest.read(out)
     except VerificationFailed:
         return True
-    return found is None or any(size_of(out / file.file) != file.n_bytes for file in found.files)
-
-
-def size_of(path: Path) -> int | None:
-    return path.stat().st_size if path.is_file() else None
+    return found is None or bool(damaged(out, found))
 
 
 def bench(arguments: argparse.Namespace, work: Path) -> dict[str, Any]:
@@ -96,19 +90,10 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("model", type=Path)
-    parser.add_argument("adapter", type=Path)
+    add_arguments(parser, shard_size="100MB")
     parser.add_argument("--kills", type=int, default=20)
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--shard-size", default="100MB")
-    parser.add_argument("--work", type=Path, default=Path("build/export-killed"))
-    arguments = parser.parse_args()
-    shutil.rmtree(arguments.work, ignore_errors=True)
-    arguments.work.mkdir(parents=True)
-    try:
-        print(json.dumps(bench(arguments, arguments.work)))
-    finally:
-        shutil.rmtree(arguments.work)
+    run(bench, parser.parse_args())
 
 
 if __name__ == "__main__":

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import errno
 import importlib
-import io
 import os
 import signal
 import sys
@@ -19,13 +18,19 @@ from types import FrameType
 from typing import NoReturn
 
 from exporter.errors import Stopped
-from loader.errors import EXIT_BAD_INPUT, EXIT_DOES_NOT_FIT, EXIT_RETRY, EXIT_USAGE, LoaderError
-from loader.usage import UsageError
+from loader.errors import (
+    EXIT_BAD_INPUT,
+    EXIT_DOES_NOT_FIT,
+    EXIT_INTERRUPTED,
+    EXIT_RETRY,
+    EXIT_USAGE,
+    LoaderError,
+)
+from loader.usage import UsageError, never_fail_on_a_character
 
 COMMANDS = {"export": "exporter.command", "verify": "exporter.verify_command"}
 # Where Kubernetes reads why a container ended (terminationMessagePath, its default).
 TERMINATION_LOG = Path("/dev/termination-log")
-EXIT_INTERRUPTED = 130
 OUT_OF_MEMORY = "out of memory: give the container more, 1GiB is enough for any model."
 TORCH_OUT_OF_MEMORY = "can't allocate memory"  # all that its RuntimeError differs in
 KEPT = "Finished shards are kept: the same command goes on from there."
@@ -43,7 +48,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     if not hasattr(os, "preadv"):
         return _end(EXIT_USAGE, "snugfit export needs Linux or macOS.")
     signal.signal(signal.SIGTERM, _stop)
-    _never_fail_on_a_character()
+    never_fail_on_a_character()
     try:
         code: int = importlib.import_module(COMMANDS[name]).run(argv)
         return code
@@ -61,13 +66,6 @@ def main(argv: Sequence[str] | None = None) -> int:
         raise
     except OSError as err:
         return _end(*_disk_error(err))
-
-
-def _never_fail_on_a_character() -> None:
-    """A terminal that cannot show a character gets a ? and not a traceback."""
-    for stream in (sys.stdout, sys.stderr):
-        if isinstance(stream, io.TextIOWrapper):
-            stream.reconfigure(errors="replace")
 
 
 def _stop(_signal: int, _frame: FrameType | None) -> NoReturn:

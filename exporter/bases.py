@@ -34,9 +34,10 @@ def onto(base: ModelSpec, original: ModelSpec | None) -> Onto:
     zero = phantoms(found, base.config)
     weights, dropped = layouts.renamed([weight for weight in found if weight not in zero], base.config)
     notes = (f"left out, since it is computed: {', '.join(dropped[:3])}",) if dropped else ()
+    how = method(base)
     if original is None:
-        return Onto(tuple(weights), method(base), tuple(zero), notes=notes)
-    if method(base) is None:
+        return Onto(tuple(weights), how, tuple(zero), notes=notes)
+    if how is None:
         reason = (
             f"is 16-bit already; --original-base ({original.source}) is for quantized ones. Leave it out."
         )
@@ -44,7 +45,7 @@ def onto(base: ModelSpec, original: ModelSpec | None) -> Onto:
     _refuse_quantized(original)
     originals, _ = layouts.renamed(base_weights(original), original.config)
     _refuse_another_model(base, original, weights, originals)
-    return Onto(tuple(originals), method(base), trained_on=tuple(weights), notes=notes)
+    return Onto(tuple(originals), how, trained_on=tuple(weights), notes=notes)
 
 
 def with_drift(recipes: Sequence[Recipe], onto: Onto) -> list[Recipe]:

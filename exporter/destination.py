@@ -39,8 +39,9 @@ def _inputs(plan: ExportPlan) -> Iterator[Path]:
 def finished_before(plan: ExportPlan) -> Manifest | None:
     """The manifest of the output folder where it holds this export; None where an export may be written.
 
-    Raises OutputDiffers for another export, BadSpec for anything else, and VerificationFailed for this export
-    with files that are missing or cut short; all but BadSpec only without `overwrite`.
+    Raises BadSpec for anything that is no export; VerificationFailed for a manifest that cannot be read; and,
+    but for `overwrite`, OutputDiffers for another export and VerificationFailed for this one with files that
+    are missing or cut short.
     """
     refuse_bad_place(plan)
     out, overwrite = plan.spec.out, plan.spec.overwrite
@@ -49,14 +50,14 @@ def finished_before(plan: ExportPlan) -> Manifest | None:
     found = manifest.read(out)
     assert found is not None
     is_same = found.plan_sha256 == plan.sha256
-    damaged = _damaged(out, found) if is_same else []
-    if is_same and not damaged:
+    problems = damaged(out, found) if is_same else []
+    if is_same and not problems:
         return found
     if overwrite:
         _refuse_strangers(out, found)
         return None
     if is_same:
-        raise VerificationFailed(str(out), [*damaged, "--overwrite exports it again"])
+        raise VerificationFailed(str(out), [*problems, "--overwrite exports it again"])
     raise OutputDiffers(
         f"{out}: holds another export ({_difference(found, plan)}). Give another --out, or --overwrite."
     )
@@ -66,7 +67,7 @@ def _files(out: Path) -> set[str]:
     return {str(path.relative_to(out)) for path in out.rglob("*") if not path.is_dir()}
 
 
-def _damaged(out: Path, found: Manifest) -> list[str]:
+def damaged(out: Path, found: Manifest) -> list[str]:
     """By size alone: what is cheap enough for every start. `snugfit verify` looks at every byte."""
     return [
         f"{written.file}: is missing or not of the size it was written with"

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
@@ -62,7 +62,7 @@ def _export(plan: ExportPlan, listener: Listener) -> Exported:
     with Staging(plan.spec.out, plan.run_sha256, sizes, listener.say) as staging:
         kept = len(staging.finished)
         _check_leftovers(plan)
-        _write_shards(plan, staging, listener.progress)
+        _write_shards(plan, staging, listener)
         made = _finish(plan, staging)
         logits = _check_logits(plan, staging.folder, listener)
         finished_before(plan)  # it may have come there in the meantime, and is not to be removed then
@@ -109,10 +109,6 @@ def _write_layout(plan: ExportPlan, made: Manifest, listener: Listener) -> str |
 # Weights
 
 
-# (bytes done, bytes in all, the shard that is being written)
-Report = Callable[[int, int, str], None]
-
-
 def _check_leftovers(plan: ExportPlan) -> None:
     """What is left out must be without effect: biases all zero, two copies of a tied matrix the same."""
     with Inputs() as inputs:
@@ -134,14 +130,14 @@ def _differ(plan: ExportPlan, kept: Weight, copy: Weight) -> LoaderError:
     return TiedWeightsDiffer(plan.spec.base, kept.name, copy.name)
 
 
-def _write_shards(plan: ExportPlan, staging: Staging, report: Report) -> None:
+def _write_shards(plan: ExportPlan, staging: Staging, listener: Listener) -> None:
     todo = [shard for shard in plan.shards if shard.file not in staging.finished]
     done_bytes = plan.total_bytes - sum(shard.n_bytes for shard in todo)
     with one_thread(), Inputs() as inputs, Writer(staging.folder) as writer:
         for shard in todo:
-            done_bytes = _write_shard(
-                shard, inputs, writer, staging, _Progress(report, plan, shard, done_bytes)
-            )
+            for n_bytes in _write_shard(shard, inputs, writer, staging):
+                done_bytes += n_bytes
+                listener.progress(done_bytes, plan.total_bytes, shard.file)
         writer.wait()
 
 
@@ -158,34 +154,19 @@ def one_thread() -> Iterator[None]:
         torch.set_num_threads(before)
 
 
-@dataclass(slots=True)
-class _Progress:
-    report: Report
-    plan: ExportPlan
-    shard: OutputShard
-    done_bytes: int
-
-    def add(self, n_bytes: int) -> None:
-        self.done_bytes += n_bytes
-        self.report(self.done_bytes, self.plan.total_bytes, self.shard.file)
-
-
-def _write_shard(
-    shard: OutputShard, inputs: Inputs, writer: Writer, staging: Staging, progress: _Progress
-) -> int:
-    """Merge the shard's tensors one after the other; gives the bytes of the export that are done then."""
+def _write_shard(shard: OutputShard, inputs: Inputs, writer: Writer, staging: Staging) -> Iterator[int]:
+    """Merge the shard's tensors one after the other; gives the bytes of each when it is merged."""
     from loader.shards import torch_dtype
 
     writer.begin(shard.file, shard.header)
-    progress.add(len(shard.header))
+    yield len(shard.header)
     changes: list[Change] = []
     for recipe in shard.recipes:
         room = partial(writer.room, dtype=torch_dtype(output_dtype(recipe)))
         change = merge(recipe, inputs, room)
         changes += [change] if change is not None else []
-        progress.add(output_bytes(recipe))
+        yield output_bytes(recipe)
     writer.finish(lambda written: staging.record(Finished(written, tuple(changes))))
-    return progress.done_bytes
 
 
 def _refuse_no_effect(plan: ExportPlan, changes: Sequence[Change]) -> None:

@@ -37,9 +37,7 @@ def base_sha256(spec: ModelSpec) -> str:
     try:
         for tensor in sorted(spec.tensors, key=lambda t: t.name):
             if tensor.file not in opened:
-                opened[tensor.file] = os.open(
-                    spec.path / tensor.file, os.O_RDONLY | getattr(os, "O_BINARY", 0)
-                )
+                opened[tensor.file] = os.open(spec.path / tensor.file, os.O_RDONLY)
             digest.update(f"{tensor.name} {tensor.dtype} {tensor.shape}\n".encode())
             digest.update(os.pread(opened[tensor.file], min(SAMPLE_BYTES, tensor.n_bytes), tensor.start))
     finally:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 from math import isfinite, sqrt
 from typing import TYPE_CHECKING
@@ -10,13 +10,11 @@ from typing import TYPE_CHECKING
 from exporter.errors import BadAdapter, BadQuantization
 from exporter.recipe import ChangeRows, Recipe
 from exporter.shards import output_dtype
-from exporter.weights import Inputs, ReadRows, Weight, matrix
+from exporter.weights import BLOCK_ELEMENTS, Inputs, ReadRows, Weight, matrix, row_blocks
 
 if TYPE_CHECKING:
     import torch
 
-# In fp32 a block and its temporaries stay in a core's L2 cache.
-BLOCK_ELEMENTS = 256 * 1024
 COPY_ELEMENTS = 1024 * 1024
 
 # (rows, columns) -> memory of the output's dtype for just that much, written out in the order of the calls.
@@ -46,31 +44,22 @@ def merge(recipe: Recipe, inputs: Inputs, room: Room) -> Change | None:
     return _Merging(recipe, inputs).run(room)
 
 
-def blocks(recipe: Recipe, elements: int) -> Iterator[tuple[int, int]]:
-    """(first row, row after the last) of blocks of about that many elements."""
-    rows, columns = matrix(recipe.shape)
-    step = max(1, elements // max(1, columns))
-    for start in range(0, rows, step):
-        yield start, min(start + step, rows)
-
-
 def same(one: Weight, other: Weight, inputs: Inputs) -> bool:
     """Whether two weights hold the same numbers."""
     if one.shape != other.shape:
         return False
     first, second = one.open(inputs), other.open(inputs)
-    parts = blocks(Recipe(one.name, one.shape, one), BLOCK_ELEMENTS)
+    parts = row_blocks(0, *matrix(one.shape), BLOCK_ELEMENTS)
     # Cloned, because the two may be read into the same memory.
     return all(bool((first(start, end).clone() == second(start, end)).all()) for start, end in parts)
 
 
 def _convert(recipe: Recipe, inputs: Inputs, room: Room) -> None:
-    columns = matrix(recipe.shape)[1]
+    rows, columns = matrix(recipe.shape)
     read = recipe.base.open(inputs)
     is_copy = recipe.base.dtype == output_dtype(recipe)
-    for start, end in blocks(recipe, COPY_ELEMENTS if is_copy else BLOCK_ELEMENTS):
-        rows = read(recipe.first_row + start, recipe.first_row + end)
-        room(end - start, columns).copy_(rows)
+    for start, end in row_blocks(0, rows, columns, COPY_ELEMENTS if is_copy else BLOCK_ELEMENTS):
+        room(end - start, columns).copy_(read(recipe.first_row + start, recipe.first_row + end))
 
 
 class _Merging:
@@ -78,17 +67,16 @@ class _Merging:
 
     def __init__(self, recipe: Recipe, inputs: Inputs) -> None:
         self._recipe = recipe
+        self._changes = open_updates(recipe, inputs)
         self._read = recipe.base.open(inputs)
-        self._changes = open_updates(recipe, inputs, self._read)
-        self._read = recipe.base.open(inputs)  # from the first row again: an update may have read all of it
         self._trained_on = recipe.trained_on.open(inputs) if recipe.trained_on else None
         self._before, self._merged = _Fp32(), _Fp32()
         self._changed = 0
         self._base_square = self._update_square = self._drift_square = 0.0
 
     def run(self, room: Room) -> Change:
-        columns = matrix(self._recipe.shape)[1]
-        for start, end in blocks(self._recipe, BLOCK_ELEMENTS):
+        rows, columns = matrix(self._recipe.shape)
+        for start, end in row_blocks(0, rows, columns, BLOCK_ELEMENTS):
             self._block(start, end, room(end - start, columns))
         return self._proof()
 
@@ -117,28 +105,30 @@ class _Merging:
         )
 
 
-def open_updates(recipe: Recipe, inputs: Inputs, read: ReadRows) -> list[ChangeRows]:
+def open_updates(recipe: Recipe, inputs: Inputs) -> list[ChangeRows]:
     """The updates in their order, each told what the tensor is before it."""
     changes: list[ChangeRows] = []
     for update in recipe.updates:
-        changes.append(update.open(inputs, _before(recipe, read, list(changes))))
+        changes.append(update.open(inputs, _before(recipe, inputs, list(changes))))
     return changes
 
 
-def _before(recipe: Recipe, read: ReadRows, changes: list[ChangeRows]) -> ReadRows:
+def _before(recipe: Recipe, inputs: Inputs, changes: list[ChangeRows]) -> ReadRows:
+    """The base is opened when it is asked for: most updates need not see it."""
+    opened: list[ReadRows] = []
+
     def rows(start: int, stop: int) -> torch.Tensor:
-        found = read(recipe.first_row + start, recipe.first_row + stop).to(_fp32(), copy=True)
+        import torch
+
+        if not opened:
+            opened.append(recipe.base.open(inputs))
+        read = opened[0](recipe.first_row + start, recipe.first_row + stop)
+        found = read.to(torch.float32, copy=True)
         for change in changes:
             found = change(start, found)
         return found
 
     return rows
-
-
-def _fp32() -> torch.dtype:
-    import torch
-
-    return torch.float32
 
 
 def _square(values: torch.Tensor) -> float:

@@ -6,6 +6,7 @@ import shutil
 from pathlib import Path
 
 from exporter.errors import DoesNotFit
+from exporter.outputs.oci import layout_bytes
 from exporter.plan import ExportPlan
 from exporter.recipe import Recipe
 from exporter.staging import staging_folder
@@ -53,11 +54,14 @@ def _update_bytes(recipe: Recipe) -> int:
 
 def _check_disk(plan: ExportPlan) -> None:
     """Disk by disk: the model and its image layout may be on the same."""
+    targets = [(plan.spec.out, plan.total_bytes)]
+    if plan.spec.oci is not None:
+        targets.append((plan.spec.oci, layout_bytes([shard.n_bytes for shard in plan.shards])))
     needs: dict[int, tuple[Path, int]] = {}
-    for target in filter(None, (plan.spec.out, plan.spec.oci)):
+    for target, n_bytes in targets:
         place = _existing(target.absolute().parent)
         device = place.stat().st_dev
-        needs[device] = (place, needs.get(device, (place, 0))[1] + plan.total_bytes + SMALL_FILES_BYTES)
+        needs[device] = (place, needs.get(device, (place, 0))[1] + n_bytes + SMALL_FILES_BYTES)
     for place, need_bytes in needs.values():
         have_bytes = shutil.disk_usage(place).free + _staged_bytes(plan.spec.out, place)
         if need_bytes > have_bytes:

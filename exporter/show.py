@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from exporter import drift
 from exporter.manifest import norm, short
+from exporter.outputs.config import architectures
 from exporter.plan import ExportPlan
 from exporter.room import peak_bytes
 from loader.budget import format_bytes
@@ -34,16 +35,11 @@ def _facts(plan: ExportPlan) -> Iterator[tuple[str, str]]:
     recipes = plan.recipes
     touched = sum(bool(recipe.updates) for recipe in recipes)
     yield "tensors", f"{len(recipes)}, of which {touched} are merged"
-    yield "as", ", ".join(_architectures(plan)) or "no architecture that config.json names"
+    yield "as", ", ".join(architectures(plan.config)) or "no architecture that config.json names"
     yield "shards", _shards(plan)
     yield "memory", f"at most {format_bytes(peak_bytes(plan), binary=True)}"
     yield "out", str(plan.spec.out)
     yield from (("note", note) for note in plan.notes)
-
-
-def _architectures(plan: ExportPlan) -> list[str]:
-    found = plan.config.get("architectures")
-    return [str(name) for name in found] if isinstance(found, list) else []
 
 
 def _shards(plan: ExportPlan) -> str:
@@ -64,7 +60,7 @@ def plan_json(plan: ExportPlan) -> dict[str, Any]:
         "adapters": [
             {"source": a.source, "weight": a.weight, "tensors": len(a.tensors)} for a in plan.adapters
         ],
-        "architectures": _architectures(plan),
+        "architectures": architectures(plan.config),
         "out": str(plan.spec.out),
         "tensors": len(plan.recipes),
         "merged_tensors": sum(bool(recipe.updates) for recipe in plan.recipes),

@@ -19,6 +19,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
+from hashlib import sha256
 from pathlib import Path
 from types import TracebackType
 from typing import Any, BinaryIO
@@ -26,7 +27,7 @@ from typing import Any, BinaryIO
 from exporter.errors import Busy
 from exporter.fingerprint import problem
 from exporter.merge import Change
-from exporter.writer import Written
+from exporter.writer import Written, sync
 
 JOURNAL, LOCK, MODEL, OLD = "journal.jsonl", "lock", "model", "old"
 HASHING_THREADS = 2
@@ -85,8 +86,6 @@ class Staging:
 
     def write(self, name: str, content: bytes) -> Written:
         """A small file, whole and on the disk."""
-        from hashlib import sha256
-
         path = self.folder / name
         path.parent.mkdir(exist_ok=True)
         with path.open("wb") as stream:
@@ -98,13 +97,13 @@ class Staging:
 
         Whoever calls it has seen that what stands there may go.
         """
-        _sync_folder(self.folder)
+        sync(self.folder)
         with _undisturbed():
             if self._out.exists() and any(self._out.iterdir()):
                 shutil.rmtree(self._root / OLD, ignore_errors=True)
                 self._out.rename(self._root / OLD)
             self.folder.rename(self._out)  # onto an empty folder too, as rename(2) allows
-            _sync_folder(self._out.parent)
+            sync(self._out.parent)
             shutil.rmtree(self._root)
 
     # The journal
@@ -209,14 +208,6 @@ def _undisturbed() -> Iterator[None]:
         yield
     finally:
         signal.pthread_sigmask(signal.SIG_SETMASK, before)
-
-
-def _sync_folder(folder: Path) -> None:
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 def remove_leftover(out: Path) -> None:

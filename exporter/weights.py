@@ -8,7 +8,7 @@ every format, and a block of rows is what is read, merged and written at a time.
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from math import prod
 from pathlib import Path
@@ -25,6 +25,9 @@ if TYPE_CHECKING:
 # next call.
 ReadRows = Callable[[int, int], "torch.Tensor"]
 
+# In fp32 a block and its temporaries stay in a core's L2 cache.
+BLOCK_ELEMENTS = 256 * 1024
+
 
 # An adapter of stacked experts has two matrices for gate and up, and two for down.
 KEPT_TENSORS = 4
@@ -33,6 +36,13 @@ KEPT_TENSORS = 4
 def matrix(shape: tuple[int, ...]) -> tuple[int, int]:
     """(rows, columns) of a tensor of this shape."""
     return (prod(shape[:-1]), shape[-1]) if len(shape) > 1 else (prod(shape), 1)
+
+
+def row_blocks(start: int, stop: int, columns: int, elements: int) -> Iterator[tuple[int, int]]:
+    """(first row, row after the last) of blocks of about that many elements, from `start` to `stop`."""
+    step = max(1, elements // max(1, columns))
+    for first in range(start, stop, step):
+        yield first, min(first + step, stop)
 
 
 @dataclass(frozen=True, slots=True)

@@ -29,6 +29,15 @@ SYNC_BYTES = 128 * 2**20
 fdatasync = getattr(os, "fdatasync", os.fsync)  # macOS has none
 
 
+def sync(path: Path) -> None:
+    """Wait until a file, or what a folder lists, is on the disk."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
 @dataclass(frozen=True, slots=True)
 class Written:
     """A finished file."""

@@ -42,7 +42,7 @@ _NOT_WEIGHTS = re.compile(r"(training_args|optimizer|scheduler|rng_state|scaler)
 # Mistral's own copy of the weights, and LoRA adapters, stand beside the model's shards.
 _OTHER_SAFETENSORS = re.compile(r"(consolidated|adapter_).*")
 _NUMBERED = re.compile(r"(.+)-(\d{5})-of-(\d{5})\.safetensors")
-_HUB_ID = re.compile(r"\w[\w.-]*/\w[\w.-]*(@[\w./-]+)?", re.ASCII)
+HUB_ID = re.compile(r"(\w[\w.-]*/\w[\w.-]*)(@[\w./-]+)?", re.ASCII)  # owner/name, @revision
 # GPTQ and AWQ; bitsandbytes; compressed-tensors; fp8 with scales.
 _QUANTIZED_TENSORS = {
     "qweight": "GPTQ or AWQ", "qzeros": "GPTQ or AWQ", "absmax": "bitsandbytes", "SCB": "bitsandbytes",
@@ -141,7 +141,7 @@ def _locate(source: str, revision: str | None) -> ModelFiles:
         return Folder(source, path)
     if path.exists():
         raise NotAModel(source, _what_file(path))
-    if not _HUB_ID.fullmatch(source):
+    if not HUB_ID.fullmatch(source):
         form = "owner/name or owner/name@revision"
         raise NotAModel(source, f"there is no such folder, and it is no hub id, which has the form {form}.")
     from loader import hub

@@ -14,6 +14,7 @@ EXIT_USAGE = 2
 EXIT_BAD_INPUT = 42
 EXIT_DOES_NOT_FIT = 43
 EXIT_RETRY = 75
+EXIT_INTERRUPTED = 130  # what a shell reports for a command that Ctrl-C ended
 
 
 class LoaderError(Exception):

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import argparse
 import difflib
+import io
+import sys
 from collections.abc import Iterable, Sequence
 from importlib import metadata
 from typing import Any, NoReturn
@@ -52,6 +54,12 @@ def version() -> str:
         return metadata.version("snugfit")
     except metadata.PackageNotFoundError:
         return NOT_INSTALLED
+
+
+def never_fail_on_a_character() -> None:
+    """A terminal that cannot show a character (cp1252 on Windows) gets a ? and not a traceback."""
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="replace")
 
 
 class _Help(argparse.HelpFormatter):

@@ -7,7 +7,6 @@ for. The exit codes of all commands are listed in docs/architecture.md.
 from __future__ import annotations
 
 import importlib
-import io
 import logging
 import os
 import sys
@@ -17,11 +16,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import NoReturn
 
-from loader.errors import LoaderError
-from loader.usage import NOT_INSTALLED, Parser, UsageError, nearest, version
+from loader.errors import EXIT_INTERRUPTED, LoaderError
+from loader.usage import NOT_INSTALLED, Parser, UsageError, nearest, never_fail_on_a_character, version
 
 EXIT_BROKEN_PIPE = 1  # as rich has it
-EXIT_INTERRUPTED = 130  # what a shell reports for a command that Ctrl-C ended
 TRY_HELP = "Try 'snugfit --help'."
 
 
@@ -52,7 +50,7 @@ COMMANDS = {
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command and return the process's exit code."""
     argv = sys.argv[1:] if argv is None else argv
-    _never_fail_on_a_character()
+    never_fail_on_a_character()
     try:
         code = _dispatch(argv)
         sys.stdout.flush()  # here, where a broken pipe is caught, and not when the interpreter ends
@@ -108,9 +106,3 @@ def _refuse(err: LoaderError | UsageError) -> int:
     if logging.getLogger("service").isEnabledFor(logging.DEBUG):
         traceback.print_exception(err)
     return err.exit_code
-
-
-def _never_fail_on_a_character() -> None:
-    """A terminal that cannot show a character (cp1252 on Windows) gets a ? and not a traceback."""
-    if isinstance(sys.stdout, io.TextIOWrapper):
-        sys.stdout.reconfigure(errors="replace")

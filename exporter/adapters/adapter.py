@@ -13,6 +13,7 @@ from exporter.adapters import config as adapter_config
 from exporter.errors import BadAdapter
 from exporter.outputs.wording import short_name
 from exporter.weights import Stored
+from loader.checkpoint import HUB_ID
 from loader.files import Folder, read_header
 
 CONFIG, WEIGHTS, PICKLE = "adapter_config.json", "adapter_model.safetensors", "adapter_model.bin"
@@ -21,7 +22,6 @@ WANTED = (CONFIG, WEIGHTS, "*.json", "*.jinja", "*.txt", "*.model", "*.tiktoken"
 UNWANTED = ("*/*", "trainer_state.json")
 FLOATS = ("BF16", "F16", "F32", "F64")
 
-_HUB_ID = re.compile(r"\w[\w.-]*/\w[\w.-]*(@[\w./-]+)?", re.ASCII)
 _TOKENIZER = re.compile(
     r"tokenizer.*|special_tokens_map\.json|added_tokens\.json|vocab\..*|merges\.txt|chat_template\..*"
     r"|.*\.tiktoken|tiktoken\.model|tekken\.json|spiece\.model|sentencepiece.*\.model"
@@ -73,7 +73,7 @@ def _folder(reference: str) -> Path:
         return path
     if path.exists():
         raise BadAdapter(reference, f"is a file. Give the adapter's folder: {path.parent}")
-    if not _HUB_ID.fullmatch(reference):
+    if not HUB_ID.fullmatch(reference):
         form = "owner/name or owner/name@revision"
         raise BadAdapter(
             reference, f"there is no such folder, and it is no hub id, which has the form {form}."

@@ -13,12 +13,10 @@ from typing import TYPE_CHECKING
 from exporter.adapters.lora import Factors
 from exporter.adapters.product import Product
 from exporter.recipe import ChangeRows
-from exporter.weights import Inputs, ReadRows, Stored, Weight
+from exporter.weights import BLOCK_ELEMENTS, Inputs, ReadRows, Stored, Weight, row_blocks
 
 if TYPE_CHECKING:
     import torch
-
-BLOCK_ELEMENTS = 256 * 1024
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -74,9 +72,8 @@ class Dora:
 
 def _summed(product: Product, read: ReadRows) -> Iterator[torch.Tensor]:
     """W + B @ A in blocks of rows, fp32; each block is overwritten by the next."""
-    step = max(1, BLOCK_ELEMENTS // product.right.shape[1])
-    for start in range(0, product.n_rows, step):
-        stop = min(start + step, product.n_rows)
+    columns = product.right.shape[1]
+    for start, stop in row_blocks(0, product.n_rows, columns, BLOCK_ELEMENTS):
         yield product.rows(start, stop).add_(read(start, stop))
 
 

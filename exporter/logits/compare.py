@@ -54,22 +54,6 @@ class LogitsReport:
     problems: tuple[str, ...]  # tensors that are not base + adapter
 
     @property
-    def logits_difference(self) -> float:
-        return self.merged.relative
-
-    @property
-    def adapter_effect(self) -> float:
-        return self.adapter.relative
-
-    @property
-    def top1_agreement(self) -> float:
-        return self.merged.top1
-
-    @property
-    def kl(self) -> float:
-        return self.merged.kl
-
-    @property
     def passed(self) -> bool:
         return not self.problems
 

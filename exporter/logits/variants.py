@@ -14,9 +14,9 @@ from typing import TYPE_CHECKING
 
 from exporter.adapters.lora import LowRank
 from exporter.errors import ExportError, VerificationFailed
-from exporter.merge import BLOCK_ELEMENTS, open_updates
+from exporter.merge import open_updates
 from exporter.recipe import ChangeRows, Recipe
-from exporter.weights import Inputs, ReadRows, Stored, matrix
+from exporter.weights import BLOCK_ELEMENTS, Inputs, ReadRows, Stored, matrix, row_blocks
 from loader.headers import TensorInfo
 
 if TYPE_CHECKING:
@@ -86,15 +86,14 @@ class Reading:
         self.loras = beside(recipe, compared.inputs)
         self._changes: list[ChangeRows] = []
         if self.loras is None:
-            read = recipe.base.open(compared.inputs)
-            self._changes = open_updates(recipe, compared.inputs, read)
+            self._changes = open_updates(recipe, compared.inputs)
         self._read: ReadRows = recipe.base.open(compared.inputs)
 
     def blocks(self, start: int, stop: int, variants: Sequence[str]) -> Iterator[Block]:
         """Rows from `start` on in blocks; only what these variants need is read."""
-        step = max(1, BLOCK_ELEMENTS // max(1, matrix(self._recipe.shape)[1]))
-        for first in range(start, stop, step):
-            yield self._block(first, min(first + step, stop), variants)
+        columns = matrix(self._recipe.shape)[1]
+        for first, end in row_blocks(start, stop, columns, BLOCK_ELEMENTS):
+            yield self._block(first, end, variants)
 
     def _block(self, start: int, stop: int, variants: Sequence[str]) -> Block:
         import torch

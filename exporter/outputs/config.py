@@ -44,6 +44,12 @@ def output_config(
     return config
 
 
+def architectures(config: Mapping[str, Any]) -> list[str]:
+    """Those that a config.json names; none where it names them in no form that can be read."""
+    found = config.get("architectures")
+    return [name for name in found if isinstance(name, str)] if isinstance(found, list) else []
+
+
 def _cleaned(config: Mapping[str, Any], dropped: Iterable[str]) -> dict[str, Any]:
     cleaned: dict[str, Any] = {}
     for key, value in config.items():

@@ -12,7 +12,7 @@ from exporter.adapters.adapter import Adapter
 from exporter.conversion import qwen1, tiktoken_vocabulary
 from exporter.drift import Drift
 from exporter.outputs.card import CARD, AdapterFacts, CardFacts, Licence, licence_of, model_card
-from exporter.outputs.config import json_bytes
+from exporter.outputs.config import architectures, json_bytes
 from exporter.outputs.generation import output_generation_config
 from exporter.outputs.vocabulary import ends_text
 from exporter.outputs.wording import hub_id, short_name
@@ -89,7 +89,7 @@ def _facts(
         revision=plan.base.revision,
         quantized=plan.method,
         original=short_name(plan.spec.original_base) if plan.spec.original_base else None,
-        architecture=_architecture(plan.config),
+        architecture=next(iter(architectures(plan.config)), None),
         licence=_licence(plan),
         changes=tuple(change for f in kept for change in f.changes),
         drifts=tuple(drifts),
@@ -99,13 +99,6 @@ def _facts(
 
 def _adapter_facts(adapter: Adapter) -> AdapterFacts:
     return AdapterFacts(short_name(adapter.source), adapter.weight, adapter.kind)
-
-
-def _architecture(config: Mapping[str, Any]) -> str | None:
-    """The first one that config.json names; None where it names none, or none that can be read."""
-    found = config.get("architectures")
-    first = found[0] if isinstance(found, list) and found else None
-    return first if isinstance(first, str) else None
 
 
 def _licence(plan: ExportPlan) -> Licence:

@@ -58,9 +58,9 @@ class _Blob:
         return {"mediaType": media_type, "digest": self.digest, "size": self.n_bytes}
 
 
-def layout_bytes(files: Sequence[Written]) -> int:
-    """Disk space that a layout of these files takes at most."""
-    return sum(file.n_bytes for file in files) + 8 * _BLOCK_BYTES * (len(files) + 16)
+def layout_bytes(sizes: Sequence[int]) -> int:
+    """Disk space that a layout of files of these sizes takes at most."""
+    return sum(sizes) + 8 * _BLOCK_BYTES * (len(sizes) + 16)
 
 
 def write_layout(

@@ -6,11 +6,11 @@ renames. Whatever happens there, the next `clear` puts the old image back.
 
 from __future__ import annotations
 
-import os
 import shutil
 from pathlib import Path
 
 from exporter.errors import BadSpec, OutputDiffers
+from exporter.writer import sync
 
 MARK = "oci-layout"  # image-layout.md: the file that every layout has
 
@@ -51,11 +51,11 @@ def publish(target: Path) -> None:
     """Give the new layout its name, in place of an older one; both are on the disk at every moment."""
     layout = new_layout(target)
     for path in (*layout.glob("*"), layout / "blobs" / "sha256", layout):
-        _sync(path)  # the blobs themselves are already
+        sync(path)  # the blobs themselves are already
     if target.exists() and not _is_empty(target):
         target.rename(_old(target))
     layout.rename(target)  # onto an empty folder too, as rename(2) allows
-    _sync(target.parent)
+    sync(target.parent)
 
 
 def clear(target: Path) -> None:
@@ -76,12 +76,3 @@ def _old(target: Path) -> Path:
 
 def _is_empty(folder: Path) -> bool:
     return folder.is_dir() and not any(folder.iterdir())
-
-
-def _sync(path: Path) -> None:
-    """Wait until a file, or what a folder lists, is on the disk."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

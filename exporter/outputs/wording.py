@@ -6,13 +6,14 @@ import os
 import re
 from collections.abc import Sequence
 
-_HUB_ID = re.compile(r"(\w[\w.-]*/\w[\w.-]*)(@[\w./-]+)?", re.ASCII)
+from loader.checkpoint import HUB_ID
+
 _HUB_CACHE = re.compile(r"models--([^/\\]+?)--([^/\\]+)[/\\]snapshots[/\\][^/\\]+[/\\]?\Z")
 
 
 def hub_id(*candidates: str | None) -> str | None:
     """The first of them that reads as a hub id, without its revision: `--base`, base_model_name_or_path."""
-    matches = (_HUB_ID.fullmatch(text) for text in candidates if text)
+    matches = (HUB_ID.fullmatch(text) for text in candidates if text)
     return next((match[1] for match in matches if match), None)
 
 

@@ -246,7 +246,7 @@ def _made(recipe: Any, inputs: Any, block: int, dtype: Any) -> Any:
 
     rows, columns = matrix(recipe.shape)
     out = torch.empty(rows, columns, dtype=dtype)
-    changes = open_updates(recipe, inputs, recipe.base.open(inputs))
+    changes = open_updates(recipe, inputs)
     read = recipe.base.open(inputs)
     for start in range(0, rows, block):
         stop = min(start + block, rows)

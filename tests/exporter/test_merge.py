@@ -8,9 +8,9 @@ from safetensors.torch import save_file
 
 from exporter import merge as merging
 from exporter.errors import BadAdapter, BadQuantization
-from exporter.merge import blocks, merge
+from exporter.merge import merge
 from exporter.recipe import Recipe
-from exporter.weights import Inputs, Plain, Stored
+from exporter.weights import Inputs, Plain, Stored, row_blocks
 from loader.files import read_header
 
 ROWS, COLUMNS = 37, 11
@@ -146,5 +146,5 @@ def test_a_base_that_holds_infinity_is_not_blamed_on_the_adapter(base):
 
 @pytest.mark.parametrize("elements", [1, 11, 12, 100, 10**6])
 def test_blocks_cover_every_row_once(elements):
-    found = list(blocks(Recipe("w", (ROWS, COLUMNS), None), elements))
+    found = list(row_blocks(0, ROWS, COLUMNS, elements))
     assert [row for start, stop in found for row in range(start, stop)] == list(range(ROWS))

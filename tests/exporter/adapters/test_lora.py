@@ -156,7 +156,7 @@ def test_experts_of_one_layer_share_what_is_read(tiny_qwen3_moe, make_adapter, p
 
 def applied(recipe, rows):
     with Inputs() as inputs:
-        changes = open_updates(recipe, inputs, recipe.base.open(inputs))
+        changes = open_updates(recipe, inputs)
         first = recipe.first_row
         values = recipe.base.open(inputs)(first, first + rows).to(torch.float32, copy=True)
         for change in changes:

@@ -203,7 +203,7 @@ def test_the_numbers_are_those_of_three_whole_models(case, family):
         assert found.kl == about(kl)
         assert found.top1 == about((other.argmax(-1) == adapted.argmax(-1)).double().mean())
     assert report.passed
-    assert report.adapter_effect > 10 * report.logits_difference > 0
+    assert report.adapter.relative > 10 * report.merged.relative > 0
 
 
 def about(number):
@@ -242,7 +242,7 @@ def test_an_adapter_so_weak_that_bf16_loses_it_is_no_wrong_merge(case):
     made = case(strength=1e-4)
     report = compare(made.recipes, made.merged())
     assert report.passed
-    assert report.logits_difference == pytest.approx(report.adapter_effect, rel=0.01)
+    assert report.merged.relative == pytest.approx(report.adapter.relative, rel=0.01)
 
 
 def test_updates_that_cannot_stand_beside_a_matrix_are_compared_too(case):
@@ -385,8 +385,8 @@ def test_tensors_of_another_plan_are_refused_by_name_and_shape(case):
 def test_it_says_in_sentences_and_in_json_what_it_found(case):
     made = case()
     right = compare(made.recipes, made.merged())
-    assert f"differ by {right.logits_difference:.2%}" in right.sentences()[0]
-    assert f"changes them by {right.adapter_effect:.2%}" in right.sentences()[0]
+    assert f"differ by {right.merged.relative:.2%}" in right.sentences()[0]
+    assert f"changes them by {right.adapter.relative:.2%}" in right.sentences()[0]
     assert "rounded to bf16 once" in right.sentences()[-1]
     found = json.loads(json.dumps(right.to_json()))
     assert found["passed"] is True
