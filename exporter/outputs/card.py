@@ -1,6 +1,6 @@
 """README.md of the output: what it was made of, what merging changed, its hashes, how it is loaded.
 
-The front matter is the hub's (huggingface.co/docs/hub/model-cards): base_model, base_model_relation, licence.
+The front matter is as the hub reads it (its page on model cards): base_model, base_model_relation, licence.
 There is no date and no path in it, so that the same export writes the same card.
 """
 
