@@ -2,6 +2,8 @@
 PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
+# Compiled when the package is installed; without a C++ compiler torch computes alone.
+KERNELS := $(wildcard service/engine/cpu/*.cpp service/engine/cpu/*.h)
 
 .PHONY: serve test check format demo-model demo-adapter bench
 
@@ -37,7 +39,7 @@ bench: $(VENV)/installed-dev
 	$(BIN)/python -m benchmarks.serve build/models/0.5b
 
 # torch is pinned first and alone, so that nothing else can pull another build of it.
-$(VENV)/installed: pyproject.toml constraints.txt
+$(VENV)/installed: pyproject.toml constraints.txt $(KERNELS)
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install -q -c constraints.txt "torch==2.13.0"
 	$(BIN)/python -m pip install -q -c constraints.txt -e .

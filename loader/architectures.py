@@ -1,6 +1,7 @@
 """Which models transformers can build as causal language models, asked without importing it or torch.
 
-transformers keeps that in two source files, as lists of (model_type, class); they are parsed, not run.
+transformers keeps that in two source files, as lists of (model_type, class); they are parsed, not run. What a
+family's model is made of stands in a file of its own.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ from loader.errors import UnsupportedModel
 
 _CAUSAL = "modeling_auto.py", "MODEL_FOR_CAUSAL_LM_MAPPING_NAMES"
 _KNOWN = "auto_mappings.py", "CONFIG_MAPPING_NAMES"
+_FOLDERS = "auto_mappings.py", "SPECIAL_MODEL_TYPE_TO_MODULE_NAME"
 # What an architecture that predicts the next token is called, whatever the family.
 _CAUSAL_WORDS = ("CausalLM", "LMHead", "ForConditionalGeneration")
 # Their causal classes are for other uses: half of an encoder-decoder, or an encoder turned into a decoder.
@@ -80,16 +82,19 @@ def causal_classes() -> Mapping[str, str]:
     return _names(*_CAUSAL)
 
 
+def modeling_source(model_type: str) -> str:
+    """The text of the file with the family's model; "" where there is none."""
+    folder = _names(*_FOLDERS).get(model_type, model_type.replace("-", "_"))
+    return _source(folder, f"modeling_{folder}.py") if folder.isidentifier() else ""
+
+
 @cache
 def _names(file: str, variable: str) -> dict[str, str]:
     """The OrderedDict([(…, …), …]) that a file of transformers.models.auto assigns to a variable.
 
     Empty when a later transformers keeps it elsewhere: then nothing is refused here, and `load` finds out.
     """
-    spec = find_spec("transformers")
-    folders = spec.submodule_search_locations if spec else None
-    source = Path(next(iter(folders or [""])), "models", "auto", file)
-    for node in ast.parse(source.read_text(encoding="utf-8") if source.is_file() else "").body:
+    for node in ast.parse(_source("auto", file)).body:
         if (
             isinstance(node, ast.Assign)
             and isinstance(node.value, ast.Call)
@@ -97,3 +102,11 @@ def _names(file: str, variable: str) -> dict[str, str]:
         ):
             return dict(ast.literal_eval(node.value.args[0]))
     return {}
+
+
+def _source(folder: str, file: str) -> str:
+    """The text of a file of transformers.models; "" where there is none."""
+    spec = find_spec("transformers")
+    folders = spec.submodule_search_locations if spec else None
+    path = Path(next(iter(folders or [""])), "models", folder, file)
+    return path.read_text(encoding="utf-8") if path.is_file() else ""

@@ -11,14 +11,16 @@ from loader.activations import Forward
 from loader.checkpoint import DTYPE_BYTES, ModelSpec
 from loader.errors import BadPlanRequest
 from loader.families import LINEAR, SLIDING, Family, family_of
+from loader.packed import PackedForward
 from loader.shape import Shape, describe
 
 DTYPES = {"bfloat16": 2, "float16": 2, "float32": 4}
 SAFETENSORS_DTYPES = {"BF16": "bfloat16", "F16": "float16", "F32": "float32"}
 FLOATS = frozenset({"F64", "F32", "F16", "BF16", "F8_E4M3", "F8_E5M2"})
-# The sampler may hold this many float32 rows: scores, sorted scores, their int64 indices (two rows),
-# probabilities and their running sum. The engine's sampler keeps to it.
+# The sampler may hold this many float32 copies of a row: scores, sorted scores, their int64 indices (two),
+# probabilities and their running sum; of so many rows at once. The engine's sampler keeps to it.
 SAMPLER_FLOAT32_ROWS = 6
+SAMPLED_AT_ONCE = 8
 FLOAT32 = 4
 
 _EXPERT = re.compile(r"\.experts\.\d+\..*$")
@@ -98,11 +100,6 @@ class Footprint:
         """What one more token costs when the sequence is longer than every window."""
         return sum(layer.bytes_per_token for layer in self.layers if layer.window is None)
 
-    @property
-    def activation_bytes_per_token(self) -> int:
-        """Of a prefill chunk, at its peak, without what grows with context."""
-        return self.activation_bytes(1024, 1024) // 1024
-
     def kv_bytes(self, context: int, chunk: int) -> int:
         """Cache and states of one sequence of `context` tokens that is read `chunk` tokens at a time."""
         return sum(layer.n_bytes(context, chunk) for layer in self.layers)
@@ -112,9 +109,23 @@ class Footprint:
         tokens = min(chunk, context)
         return Forward(self.shape, self.dtype_bytes, tokens, context, gpu).peak_bytes()
 
+    def packed_activation_bytes(
+        self, chunk: int, context: int, rows: int, block_tokens: int, gpu: bool = False
+    ) -> int:
+        """The worst moment of a step of `chunk` tokens from `rows` sequences that have up to `context`."""
+        step = PackedForward(self.shape, self.dtype_bytes, chunk, context, gpu, rows, block_tokens)
+        return step.peak_bytes()
+
+    def graph_bytes(self, rows: int, context: int, block_tokens: int) -> int:
+        """What CUDA graphs of single tokens of up to `rows` sequences keep: a step, and its logits twice."""
+        sizes = (rows, context, True, rows, block_tokens)
+        step = PackedForward(self.shape, self.dtype_bytes, *sizes, paged=True)
+        return step.peak_bytes() + 2 * rows * self.vocab_size * self.dtype_bytes
+
     def logits_bytes(self, rows: int) -> int:
-        """`rows` rows of logits as the model gives them, and the sampler's float32 copies of each."""
-        return rows * self.vocab_size * (self.dtype_bytes + SAMPLER_FLOAT32_ROWS * FLOAT32)
+        """The hidden states of `rows` tokens, their logits, and the sampler's copies of a few of them."""
+        copies = min(rows, SAMPLED_AT_ONCE) * SAMPLER_FLOAT32_ROWS * FLOAT32
+        return rows * (self.shape.hidden + self.vocab_size) * self.dtype_bytes + copies * self.vocab_size
 
 
 def measure(spec: ModelSpec, dtype: str = "auto") -> Footprint:

@@ -1,4 +1,4 @@
-"""Puts a model's units on devices for one chunk size and context, or finds that they do not go in. No torch.
+"""Puts a model's units on devices for one chunk, context and pool, or finds that they do not go in. No torch.
 
 On a GPU, weights that do not fit are offloaded to RAM within its limit, then to disk; on the CPU, to disk.
 "disk" means that a module is read from the checkpoint's own shards each time it runs: nothing is written.
@@ -14,11 +14,14 @@ from functools import cached_property
 from loader.budget import MemoryBudget
 from loader.footprint import Footprint, LayerCache, WeightUnit
 from loader.offload import Offload, Offloader
+from loader.pool import PoolRule, rule_for
 
 MiB = 2**20
 # torch's caching allocator rounds to 512 bytes and takes segments of 2 and 20 MiB from CUDA.
 CUDA_SLACK_BYTES = 64 * MiB
 CUDA_SLACK_PERCENT = 5  # of activations
+# What the driver keeps for the graphs of a model with 100 layers, and cuBLAS' workspace on their stream.
+CUDA_GRAPHS_BYTES = 64 * MiB
 # malloc's arenas, oneDNN's scratch memory and the thread pool's stacks.
 CPU_RESERVE_BYTES = 40 * MiB
 
@@ -27,9 +30,10 @@ CPU_RESERVE_BYTES = 40 * MiB
 class Setting:
     """What the fixed part of memory depends on."""
 
-    chunk: int  # tokens read at once in prefill
+    chunk: int  # tokens of one step
     context: int  # tokens of one sequence
-    concurrency: int  # sequences with a cache of their own
+    concurrency: int  # rows of one step, and sequences that run
+    blocks: int | None = None  # of the KV group that sees the furthest; None: what one sequence needs
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,7 +47,7 @@ class DevicePlan:
     activation_bytes: int
     logits_bytes: int
     staging_bytes: int  # what offload hooks hold while an offloaded module runs
-    reserve_bytes: int  # CUDA context and allocator slack, or the CPU allocator's
+    reserve_bytes: int  # CUDA context, graphs and allocator slack, or the CPU allocator's
 
     @property
     def peak_bytes(self) -> int:
@@ -82,10 +86,6 @@ class _Piece:
     def has_head(self) -> bool:
         return any(unit.kind == "head" for unit in self.units)
 
-    def kv_bytes(self, setting: Setting) -> int:
-        one = self.cache.n_bytes(setting.context, setting.chunk) if self.cache else 0
-        return one * setting.concurrency
-
 
 @dataclass
 class _Stage:
@@ -105,15 +105,20 @@ class _Stage:
 
 
 class Placer:
-    """Answers for one model and one kind of budget; the main device's limit may change between questions."""
+    """Answers for one model and one kind of budget; the main device's limit may change between questions.
 
-    def __init__(self, footprint: Footprint, budget: MemoryBudget) -> None:
+    `continuous`: requests share a pool of KV blocks and every step; else one runs with the model's own cache.
+    """
+
+    def __init__(self, footprint: Footprint, budget: MemoryBudget, continuous: bool = True) -> None:
+        self.pool: PoolRule = rule_for(footprint.layers, continuous, budget.compute[0])
         self._footprint = footprint
         self._budget = budget
         self._main = budget.compute[0]
         self._first, self._layers, self._last = _pieces(footprint)
         self._offloaders: dict[int, Offloader] = {}
-        self._working: dict[tuple[Setting, bool], tuple[int, int]] = {}
+        self._working: dict[tuple[int, int, int, str], tuple[int, int]] = {}
+        self._kv: dict[Setting, dict[LayerCache, int]] = {}
 
     def resident(self, setting: Setting, main_limit: int) -> Placement | None:
         """Everything on the compute devices, filled in pipeline order; None when it does not fit."""
@@ -155,30 +160,58 @@ class Placer:
         return [_Stage(device, limits[device], setting) for device in self._budget.compute]
 
     def _takes(self, stage: _Stage, piece: _Piece) -> bool:
-        logits = self._logits_bytes(piece)
-        return piece.weights_bytes + piece.kv_bytes(stage.setting) + logits <= self._room(stage)
+        logits = self._logits_bytes(piece, stage.setting)
+        kv = self._kv_bytes(piece, stage.setting)
+        return piece.weights_bytes + kv + logits <= self._room(stage)
 
     def _add(self, stage: _Stage, piece: _Piece) -> None:
         stage.pieces.append(piece)
         stage.weights_bytes += piece.weights_bytes
-        stage.kv_bytes += piece.kv_bytes(stage.setting)
-        stage.logits_bytes += self._logits_bytes(piece)
+        stage.kv_bytes += self._kv_bytes(piece, stage.setting)
+        stage.logits_bytes += self._logits_bytes(piece, stage.setting)
 
-    def _logits_bytes(self, piece: _Piece) -> int:
-        return self._footprint.logits_bytes(1) if piece.has_head else 0
+    def _kv_bytes(self, piece: _Piece, setting: Setting) -> int:
+        if setting not in self._kv:
+            kinds = set(self._footprint.layers)
+            self._kv[setting] = {layer: self.pool.layer_bytes(layer, setting) for layer in kinds}
+        return self._kv[setting][piece.cache] if piece.cache else 0
+
+    def _logits_bytes(self, piece: _Piece, setting: Setting) -> int:
+        return self._footprint.logits_bytes(setting.concurrency) if piece.has_head else 0
 
     def _room(self, stage: _Stage) -> int:
         """Bytes that are still free; negative when the device holds too much."""
-        activations, reserve = self._working_bytes(stage.setting, stage.device != "cpu")
+        activations, reserve = self._working_bytes(stage)
         return stage.limit - activations - reserve - stage.weights_bytes - stage.kv_bytes - stage.logits_bytes
 
-    def _working_bytes(self, setting: Setting, gpu: bool) -> tuple[int, int]:
-        """(activations, reserve) of any device that computes."""
-        if (setting, gpu) not in self._working:
-            activations = self._footprint.activation_bytes(setting.chunk, setting.context, gpu)
-            reserve = gpu_reserve(activations, self._budget.context_bytes) if gpu else CPU_RESERVE_BYTES
-            self._working[setting, gpu] = activations, reserve
-        return self._working[setting, gpu]
+    def _working_bytes(self, stage: _Stage) -> tuple[int, int]:
+        """(activations, reserve) of a device that computes."""
+        setting, device = stage.setting, stage.device
+        key = setting.chunk, setting.context, setting.concurrency, device
+        if key not in self._working:
+            activations = self.activation_bytes(setting, device != "cpu")
+            self._working[key] = activations, self._reserve_bytes(setting, device, activations)
+        return self._working[key]
+
+    def _reserve_bytes(self, setting: Setting, device: str, activations: int) -> int:
+        if device == "cpu":
+            return CPU_RESERVE_BYTES
+        reserve = gpu_reserve(activations, self._budget.context_bytes)
+        # Only a model that is whole on one GPU has graphs. They are counted wherever that could be, so that
+        # what fits stays so when the budget grows.
+        if not self.pool.continuous or device != self._main:
+            return reserve
+        rows = setting.concurrency
+        graphs = self._footprint.graph_bytes(rows, setting.context, self.pool.block_tokens)
+        return reserve + graphs + CUDA_GRAPHS_BYTES
+
+    def activation_bytes(self, setting: Setting, gpu: bool) -> int:
+        """The worst moment of a step."""
+        if not self.pool.continuous:
+            return self._footprint.activation_bytes(setting.chunk, setting.context, gpu)
+        return self._footprint.packed_activation_bytes(
+            setting.chunk, setting.context, setting.concurrency, self.pool.block_tokens, gpu
+        )
 
     # Where offloaded weights go
 
@@ -229,7 +262,7 @@ class Placer:
         return Placement(stages[0].setting, places, (*devices, *self._stores(ram, disk)), choice)
 
     def _device_plan(self, stage: _Stage, choice: Offload) -> DevicePlan:
-        activations, reserve = self._working_bytes(stage.setting, stage.device != "cpu")
+        activations, reserve = self._working_bytes(stage)
         is_main = stage.device == self._main
         return DevicePlan(
             device=stage.device,

@@ -1,16 +1,18 @@
-"""What this machine has and what this process takes of it. The only file that asks. Imports no torch."""
+"""What this machine has and what this process takes of it. Only it asks, through cgroup.py too. No torch."""
 
 from __future__ import annotations
 
+import math
 import os
 import sys
-from collections.abc import Iterator
 from dataclasses import dataclass
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 from typing import Any
 
 import psutil
 import pynvml
+
+from loader import cgroup
 
 # FP32 cores of a multiprocessor are 128, but for these compute capabilities.
 CORES, FEW_CORES, FEW = 128, 64, {(6, 0), (7, 0), (7, 2), (7, 5), (8, 0)}
@@ -125,75 +127,24 @@ def _ram() -> tuple[int, int]:
     """(total, free) bytes: the machine's, or less where a control group limits this process."""
     memory = psutil.virtual_memory()
     total, free = int(memory.total), int(memory.available)
-    for limit, used in _cgroup_limits(PROC_CGROUP, CGROUP_ROOT):
+    for limit, used in cgroup.memory_limits(PROC_CGROUP, CGROUP_ROOT):
         total, free = min(total, limit), min(free, max(limit - used, 0))
     return total, free
 
 
-def _cgroup_limits(proc_cgroup: Path, root: Path) -> Iterator[tuple[int, int]]:
-    """(limit, bytes in use) of the groups that hold this process, the innermost first; none but on Linux.
+# Processors
 
-    `proc_cgroup` has a line "ID:CONTROLLERS:PATH" per hierarchy (man 7 cgroups): "0::/…" is version 2. In a
-    container the path may be the host's and missing under `root`, where the container's own group then is.
+
+def cpu_threads() -> int:
+    """Threads that computing is worth: one for each core that this process may use and is given time on.
+
+    No more than the machine has cores, whose hardware threads share what it computes with. A quota of 1.5
+    cores is 2 threads.
     """
-    try:
-        lines = proc_cgroup.read_text(encoding="utf-8").splitlines()
-    except OSError:
-        return
-    for _, controllers, path in (line.split(":", 2) for line in lines if line.count(":") >= 2):
-        if not controllers:
-            hierarchies, read = (root, root / "unified"), _limit_v2
-        elif "memory" in controllers.split(","):
-            hierarchies, read = (root / "memory", root / controllers), _limit_v1
-        else:
-            continue
-        for folder in (group for top in dict.fromkeys(hierarchies) for group in _with_parents(top, path)):
-            if (found := read(folder)) is not None:
-                yield found
-
-
-def _with_parents(top: Path, path: str) -> Iterator[Path]:
-    """The group's folder and those around it up to `top`: every one of their limits counts."""
-    inside = PurePosixPath(*(part for part in path.split("/") if part not in ("", ".", "..")))
-    yield from (top / parent for parent in (inside, *inside.parents))
-
-
-def _limit_v2(folder: Path) -> tuple[int, int] | None:
-    limits = [_number(folder / name) for name in ("memory.max", "memory.high")]
-    return _group(folder, limits, "memory.current", "inactive_file")
-
-
-def _limit_v1(folder: Path) -> tuple[int, int] | None:
-    # "No limit" is a number near 2^63 here, which min() with the machine's RAM makes harmless.
-    return _group(
-        folder, [_number(folder / "memory.limit_in_bytes")], "memory.usage_in_bytes", "total_inactive_file"
-    )
-
-
-def _group(folder: Path, limits: list[int | None], usage: str, cache_key: str) -> tuple[int, int] | None:
-    """A group's (limit, use). Cached file pages that nobody reads are given up under pressure: not in use."""
-    known = [limit for limit in limits if limit is not None]
-    used = _number(folder / usage)
-    if not known or used is None:
-        return None
-    return min(known), max(used - _stat(folder / "memory.stat", cache_key), 0)
-
-
-def _number(file: Path) -> int | None:
-    """The number in a control file; None for "max" and for no file."""
-    try:
-        text = file.read_text(encoding="ascii").strip()
-    except OSError:
-        return None
-    return int(text) if text.isdecimal() else None
-
-
-def _stat(file: Path, key: str) -> int:
-    try:
-        lines = file.read_text(encoding="ascii").splitlines()
-    except OSError:
-        return 0
-    return next((int(line.split()[1]) for line in lines if line.startswith(f"{key} ")), 0)
+    allowed = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    cores = min(allowed, psutil.cpu_count(logical=False) or allowed)
+    shares = cgroup.cpu_limits(PROC_CGROUP, CGROUP_ROOT)
+    return max(1, min([cores, *(math.ceil(share) for share in shares)]))
 
 
 # This process

@@ -11,12 +11,29 @@ from typing import Any, Protocol
 
 from service.engine.types import Engine
 from service.prompt.defaults import GenerationDefaults
+from service.prompt.token_text import TokenText
 
 log = logging.getLogger(__name__)
 
 
+class Tokens(Protocol):
+    """The vocabulary; `service.prompt.token_text.TokenTexts` is the real one."""
+
+    @property
+    def count(self) -> int:
+        """Token ids are 0 to count - 1."""
+        ...
+
+    def of(self, token_id: int) -> TokenText: ...
+
+
 class Template(Protocol):
     """From chat messages to token ids; `service.prompt.template.ChatTemplate` is the real one."""
+
+    @property
+    def tokens(self) -> Tokens:
+        """The vocabulary that `encode` takes its ids from."""
+        ...
 
     def encode(self, messages: Sequence[Mapping[str, str]]) -> tuple[int, ...]:
         """Called on a worker thread, since a long prompt takes a while. Raises TemplateRefused."""

@@ -4,12 +4,14 @@ so that what is cheap to refuse is refused before gigabytes are read."""
 from __future__ import annotations
 
 import logging
+import os
 import time
 from collections.abc import Mapping
 from contextlib import ExitStack
 from dataclasses import replace
 from typing import Any
 
+from loader import probe
 from loader.errors import BadCheckpoint, OutOfMemory, OverBudget
 from loader.plan import Plan
 from service.backend import Backend, Progress
@@ -36,16 +38,15 @@ def start_backend(settings: Settings, plan: Plan, progress: Progress) -> Backend
 
     Raises LoaderError for what cannot be served, LoadCancelled when the service is to stop.
     """
-    import torch
+    from service.engine.devices import out_of_memory
 
     opened = ExitStack()
     try:
         return _open(settings, plan, progress, opened)
-    except (MemoryError, torch.OutOfMemoryError) as err:
+    except BaseException as err:
         opened.close()
-        raise OutOfMemory(progress.state.phase, plan.devices[0].peak_bytes, str(err)) from err
-    except BaseException:
-        opened.close()
+        if out_of_memory(err):
+            raise OutOfMemory(progress.state.phase, plan.devices[0].peak_bytes, str(err)) from err
         raise
 
 
@@ -53,8 +54,9 @@ def _open(settings: Settings, plan: Plan, progress: Progress, opened: ExitStack)
     from loader import hub
     from loader.load import load
     from service.engine.engine import StepEngine
-    from service.engine.runner import Runner
+    from service.engine.runner import make_runner
 
+    _prepare_cpu(settings)
     if plan.spec.path is None:
         progress.enter("downloading the model")
         plan = replace(plan, spec=hub.fetched(plan.spec))
@@ -66,11 +68,14 @@ def _open(settings: Settings, plan: Plan, progress: Progress, opened: ExitStack)
         loaded = load(plan, report)
     opened.callback(loaded.close)
     progress.enter("rehearsing the largest request")
-    runner = Runner(loaded.model, loaded.device, plan.context, plan.concurrency, plan.chunk_tokens)
-    runner.rehearse()
-    check_against_plan(plan, loaded.measured_peak_bytes())
-    progress.enter("starting the engine")
-    engine = StepEngine(runner, tokenizer, max_queue=settings.max_queue)
+    runner = make_runner(loaded.model, loaded.device, plan, settings.prefix_reuse == "on")
+    with ExitStack() as until_the_engine_has_it:
+        until_the_engine_has_it.callback(runner.close)
+        runner.rehearse()
+        check_against_plan(plan, loaded.measured_peak_bytes())
+        progress.enter("starting the engine")
+        engine = StepEngine(runner, tokenizer, settings.max_queue, settings.max_wait_seconds or None)
+        until_the_engine_has_it.pop_all()
     opened.callback(engine.close)
     return Backend(
         engine=engine,
@@ -82,6 +87,20 @@ def _open(settings: Settings, plan: Plan, progress: Progress, opened: ExitStack)
         memory=loaded,
         opened=opened,
     )
+
+
+def _prepare_cpu(settings: Settings) -> None:
+    """Before anything is computed: how many threads do it, and with which instructions.
+
+    torch would take every core of the machine, also where a container is given the time of two.
+    """
+    import torch
+
+    from service.engine.cpu import library
+
+    if settings.threads is not None or "OMP_NUM_THREADS" not in os.environ:
+        torch.set_num_threads(settings.threads or probe.cpu_threads())
+    library.restrict(settings.cpu_isa)
 
 
 def check_against_plan(plan: Plan, measured: Mapping[str, int]) -> None:

@@ -27,25 +27,47 @@ from service.nvml import DeviceMemory, Nvml
 
 Family = type[GaugeMetricFamily] | type[CounterMetricFamily]
 
+# fmt: off
 GAUGES = {
     "snugfit_requests_running": ("Requests that the engine is stepping.", "running"),
     "snugfit_requests_waiting": ("Requests that wait for the engine.", "waiting"),
     "snugfit_requests_waiting_limit": ("How many may wait; one more is answered with 429.", "waiting_limit"),
     "snugfit_context_tokens": ("Tokens one conversation may hold.", "context"),
     "snugfit_kv_cache_capacity_tokens": ("Tokens the KV cache has room for.", "kv_tokens_total"),
-    "snugfit_kv_cache_used_tokens": ("Tokens in the KV cache.", "kv_tokens_used"),
+    "snugfit_kv_cache_used_tokens": ("Tokens that the KV blocks in use have room for.", "kv_tokens_used"),
+    "snugfit_kv_cache_capacity_blocks": ("Blocks that the KV cache consists of.", "kv_blocks_total"),
+    "snugfit_kv_cache_used_blocks": (
+        "Blocks that requests hold. Those that are only kept to be found again are free.", "kv_blocks_used",
+    ),
 }
 COUNTERS = {
     "snugfit_prompt_tokens": ("Prompt tokens processed.", "prompt_tokens"),
     "snugfit_generation_tokens": ("Tokens generated.", "generation_tokens"),
     "snugfit_requests_rejected": ("Requests that found the queue full.", "rejected"),
+    "snugfit_requests_timed_out": ("Requests that waited longer than one may.", "timed_out"),
+    "snugfit_preemptions": (
+        "Times that a request gave its KV blocks to older ones and was computed again later.", "preemptions",
+    ),
+    "snugfit_prefix_cache_queried_tokens": (
+        "Prompt tokens that were looked up in the KV cache.", "prefix_queries",
+    ),
+    "snugfit_prefix_cache_hit_tokens": (
+        "Prompt tokens that were in the KV cache and not computed again.", "prefix_hits",
+    ),
+    "snugfit_engine_steps": ("Forwards of the model.", "steps"),
+    "snugfit_out_of_memory_retries": (
+        "Steps that ran out of device memory and were tried again with less.", "out_of_memory",
+    ),
 }
 HISTOGRAMS = {
     "snugfit_time_to_first_token_seconds": ("From arrival to the first token.", "time_to_first_token"),
     "snugfit_inter_token_latency_seconds": ("Between two tokens of one answer.", "inter_token_latency"),
     "snugfit_e2e_request_latency_seconds": ("From arrival to the last token.", "e2e_latency"),
     "snugfit_request_queue_time_seconds": ("From arrival to the first step.", "queue_time"),
+    "snugfit_step_time_seconds": ("One step of the engine, the host's work included.", "step_time"),
+    "snugfit_step_batch_size": ("Requests in one step.", "batch_size"),
 }
+# fmt: on
 PROCESS_HELP = (
     "Device memory of this process, as the driver tells it. Missing where it does not: in a container its "
     "process ids are the host's, and on Windows the figure is not kept."

@@ -116,7 +116,24 @@ class Settings(BaseSettings):
     )
     concurrency: Annotated[int, Field(ge=1)] | None = _memory(
         None, "N", "a number of requests, 1 or more",
-        "Conversations of that length whose KV cache must fit at the same time.",
+        "Requests that run at the same time, at most. They share one KV pool. Without it: 16 on the CPU, 64 "
+        "on a GPU, 1 where the model cannot be batched.",
+    )
+
+    threads: Annotated[int, Field(ge=1)] | None = _memory(
+        None, "N", "a number of threads, 1 or more",
+        "Threads that compute on the CPU. Without it: OMP_NUM_THREADS, or one for each core it may use.",
+    )
+
+    cpu_isa: Literal["auto", "off", "scalar", "neon", "avx2", "avx512", "avx512_bf16", "amx"] = _memory(
+        "auto", "SET", "auto, off, scalar, neon, avx2, avx512, avx512_bf16 or amx",
+        "Highest instruction set of the CPU kernels: auto (the best there is), off (torch alone computes), "
+        "scalar, neon, avx2, avx512, avx512_bf16 or amx.",
+    )
+    prefix_reuse: Literal["on", "off"] = _memory(
+        "on", "MODE", "on or off",
+        "Whether a prompt that begins like an earlier one is read only from where they part. By the time it "
+        "takes, clients can tell that someone has sent the beginning: off keeps that from them.",
     )
 
     host: Annotated[str, Field(min_length=1)] = _http(
@@ -150,6 +167,11 @@ class Settings(BaseSettings):
     max_queue: Annotated[int, Field(ge=0)] = _http(
         64, "N", "a number of requests, 0 or more",
         "Requests that may wait for their turn; one more is answered with 429.",
+    )
+    max_wait_seconds: Annotated[float, Field(ge=0, allow_inf_nan=False)] = _http(
+        600.0, "SECONDS", "seconds, 0 or more",
+        "How long a request may wait until it is started, before it is answered with 503; 0: for ever. "
+        "The OpenAI SDKs give up after 600.",
     )
     keep_alive_seconds: Annotated[float, Field(ge=0, allow_inf_nan=False)] = _http(
         10.0, "SECONDS", "seconds, 0 or more",

@@ -17,7 +17,7 @@ from rich.table import Table
 from rich.text import Text
 
 from loader.errors import BudgetExceeded
-from loader.plan import DevicePlan, Plan
+from loader.plan import ONE_AT_A_TIME, DevicePlan, Plan
 
 GB = 10**9
 MAX_WIDTH = 110
@@ -157,13 +157,27 @@ def facts(plan: Plan) -> Iterator[tuple[str, str]]:
         yield "budget", plan.budget.origin
     if "cpu" in plan.budget.compute:
         yield "beside it", f"{size(plan.startup_bytes)}: Python, torch and the model's class before loading"
-    yield "context", f"{plan.context:,} tokens x {plan.concurrency} at the same time"
-    yield "KV cache", f"{plan.kv_tokens:,} tokens, {plan.kv_bytes_per_token:,} bytes each"
+    yield "context", f"{plan.context:,} tokens for one request"
+    yield "batching", _batching(plan)
+    yield "KV cache", f"{_pool(plan)}, {plan.kv_bytes_per_token:,} bytes each"
     yield "prefill", f"in chunks of {plan.chunk_tokens:,} tokens"
     yield "offloaded", _offloaded(plan)
     yield from _headed("given up", plan.given_up)
     yield from _headed("device map", short_map(plan.device_map))
     yield from _headed("note", plan.notes)
+
+
+def _batching(plan: Plan) -> str:
+    if plan.batching == ONE_AT_A_TIME:
+        return plan.batching
+    return f"{plan.batching}: up to {plan.concurrency} requests in one step"
+
+
+def _pool(plan: Plan) -> str:
+    """Where all tokens are that requests hold at the same time."""
+    if plan.batching == ONE_AT_A_TIME:
+        return f"{plan.context:,} tokens of the model's own"
+    return f"{plan.kv_tokens:,} tokens, shared in blocks of {plan.kv.block_tokens}"
 
 
 def _offloaded(plan: Plan) -> str:

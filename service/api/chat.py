@@ -6,16 +6,19 @@ import asyncio
 import time
 from collections.abc import AsyncGenerator
 from contextlib import aclosing
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from uuid import uuid4
 
 from fastapi import APIRouter, Request
 from starlette.responses import Response
 
-from service.api import errors, messages, params, schemas, sse
+from service.api import errors, logprobs, messages, params, schemas, sse
+from service.api.choices import Events, together
+from service.api.chunks import Chunks
 from service.api.connection import while_connected
 from service.api.docs import CHAT_DOCS
-from service.backend import Backend
+from service.api.sampling import for_choices, sampling
+from service.backend import Backend, Tokens
 from service.engine import types as engine
 from service.lifecycle import Service
 
@@ -33,14 +36,40 @@ class Job:
     model: str
     prompt_tokens: int
     include_usage: bool
-    events: AsyncGenerator[engine.TokenEvent, None]
+    tokens: Tokens
+    answers: list[Events]  # of which none has begun
 
-    def usage(self, completion_tokens: int) -> schemas.Usage:
+    def usage(self, ends: list[Answer]) -> schemas.Usage:
+        """The prompt counts once, and so does what was cached of it: the first answer tells."""
+        completion_tokens = sum(answer.tokens for answer in ends)
         return schemas.Usage(
             prompt_tokens=self.prompt_tokens,
             completion_tokens=completion_tokens,
             total_tokens=self.prompt_tokens + completion_tokens,
+            prompt_tokens_details=schemas.PromptTokensDetails(cached_tokens=ends[0].cached_tokens),
         )
+
+
+@dataclass
+class Answer:
+    """What is known of one answer so far."""
+
+    tokens: int = 0
+    cached_tokens: int = 0
+    finish_reason: str = ""
+    text: list[str] = field(default_factory=list)
+    logprobs: list[schemas.TokenLogprob] | None = None
+
+    def note(self, event: engine.TokenEvent) -> None:
+        self.tokens = event.completion_tokens
+        self.cached_tokens = max(self.cached_tokens, event.cached_tokens)
+        self.finish_reason = event.finish_reason or ""
+
+    def keep(self, text: str, entry: schemas.TokenLogprob | None) -> None:
+        self.text.append(text)
+        if entry:
+            self.logprobs = self.logprobs or []
+            self.logprobs.append(entry)
 
 
 @router.post("/v1/chat/completions", **CHAT_DOCS)
@@ -74,65 +103,62 @@ async def _submit(request: schemas.ChatCompletionRequest, backend: Backend, mode
     if (least_tokens := backend.template.least_tokens(turns)) >= backend.context:
         raise engine.RequestTooLong(least_tokens, backend.context)
     prompt_ids = await asyncio.to_thread(backend.template.encode, turns)
-    sampling = params.sampling(request, backend.defaults, len(prompt_ids), backend.context)
+    tokens = backend.template.tokens
+    first = sampling(request, backend.defaults, len(prompt_ids), backend.context, tokens.count)
     id_ = f"chatcmpl-{uuid4().hex}"
-    events = backend.engine.generate(engine.Request(id_, prompt_ids, sampling))
+    answers = [
+        backend.engine.generate(engine.Request(f"{id_}-{index}" if index else id_, prompt_ids, each))
+        for index, each in enumerate(for_choices(first, request.n or 1))
+    ]
     include_usage = bool(request.stream_options and request.stream_options.include_usage)
-    return Job(id_, int(time.time()), model, len(prompt_ids), include_usage, events)
+    return Job(id_, int(time.time()), model, len(prompt_ids), include_usage, tokens, answers)
 
 
 async def _complete(job: Job) -> schemas.ChatCompletion:
-    text: list[str] = []
-    last = None
-    async with aclosing(job.events) as events:
-        async for last in events:
-            text.append(last.text)
-    reason, completion_tokens = _end(last)
-    message = schemas.AssistantMessage(content="".join(text))
-    choice = schemas.Choice(message=message, finish_reason=reason)
+    answers = [Answer() for _ in job.answers]
+    async with aclosing(together(job.answers)) as batches:
+        async for came in batches:
+            for index, event in came:
+                answers[index].note(event)
+                answers[index].keep(event.text, logprobs.of_event(event, job.tokens))
     return schemas.ChatCompletion(
         id=job.id,
         created=job.created,
         model=job.model,
-        choices=[choice],
-        usage=job.usage(completion_tokens),
+        choices=[_choice(index, answer) for index, answer in enumerate(answers)],
+        usage=job.usage(answers),
+    )
+
+
+def _choice(index: int, answer: Answer) -> schemas.Choice:
+    return schemas.Choice(
+        index=index,
+        message=schemas.AssistantMessage(content="".join(answer.text)),
+        logprobs=logprobs.content(answer.logprobs) if answer.logprobs else None,
+        finish_reason=answer.finish_reason,
     )
 
 
 async def _frames(job: Job) -> AsyncGenerator[bytes, None]:
-    """The role first, then text as it comes, the reason of the end, the usage if asked for, and [DONE]."""
-    last = None
-    async with aclosing(job.events) as events:
-        async for event in events:
-            if last is None:
-                yield _chunk(job, schemas.Delta(role="assistant", content=""))
-            if event.text:
-                yield _chunk(job, schemas.Delta(content=event.text))
-            last = event
-    reason, completion_tokens = _end(last)
-    yield _chunk(job, schemas.Delta(), reason)
-    if job.include_usage:
-        yield _frame(job, [], job.usage(completion_tokens))
-    yield sse.DONE
+    """Of each answer the role first, then a chunk for each token that shows text or has logprobs, and the
+    reason of the end; then the usage if asked for, and [DONE]. What came together is given out together."""
+    chunks = Chunks(job.id, job.created, job.model, job.include_usage)
+    answers = [Answer() for _ in job.answers]
+    async with aclosing(together(job.answers)) as batches:
+        async for came in batches:
+            frames = [_of_event(job, chunks, answers[index], index, event) for index, event in came]
+            if data := b"".join(frames):
+                yield data
+    usage = chunks.usage(job.usage(answers)) if job.include_usage else b""
+    yield usage + sse.DONE
 
 
-def _end(last: engine.TokenEvent | None) -> tuple[str, int]:
-    """The reason of the end and the tokens generated. An answer cut short must not look like a whole one."""
-    if last is None or last.finish_reason is None:
-        raise engine.StepFailed("the engine ended the answer without a reason")
-    return last.finish_reason, last.completion_tokens
-
-
-def _chunk(job: Job, delta: schemas.Delta, finish_reason: str | None = None) -> bytes:
-    choice = schemas.ChunkChoice(index=0, delta=delta, logprobs=None, finish_reason=finish_reason)
-    return _frame(job, [choice], None)
-
-
-def _frame(job: Job, choices: list[schemas.ChunkChoice], usage: schemas.Usage | None) -> bytes:
-    """With usage asked for, every chunk has the key: null but for the last."""
-    chunk = schemas.ChatCompletionChunk(
-        id=job.id, object="chat.completion.chunk", created=job.created, model=job.model, choices=choices
-    )
-    if job.include_usage:
-        chunk.usage = usage
-    return sse.frame(chunk.model_dump_json(exclude_unset=True).encode())
+def _of_event(job: Job, chunks: Chunks, answer: Answer, index: int, event: engine.TokenEvent) -> bytes:
+    """The chunks of one event: none, while its text is held back and no logprobs are wanted."""
+    data = b"" if answer.tokens else chunks.role(index)
+    answer.note(event)
+    if event.logprobs and (entry := logprobs.of_event(event, job.tokens)):
+        data += chunks.text(index, event.text, logprobs.content([entry]))
+    elif event.text:
+        data += chunks.text(index, event.text)
+    return data + chunks.end(index, event.finish_reason) if event.finish_reason else data

@@ -13,7 +13,7 @@ _REFUSALS = {
     413: "The body is too large.",
     415: "The body is not application/json.",
     429: "The queue is full; see Retry-After.",
-    503: "Loading, draining, or the engine is dead; see Retry-After.",
+    503: "Loading, draining, not started in time, or the engine is dead; see Retry-After.",
 }
 ERRORS: dict[int | str, dict[str, Any]] = {
     status: {"model": ErrorBody, "description": words} for status, words in _REFUSALS.items()

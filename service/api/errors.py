@@ -16,7 +16,15 @@ from starlette.requests import ClientDisconnect
 from starlette.responses import Response
 
 from service.api.schemas import ErrorBody, ErrorDetail
-from service.engine.types import EngineDead, EngineError, QueueFull, RequestTooLong, StepFailed
+from service.engine.types import (
+    EngineDead,
+    EngineError,
+    QueueFull,
+    RequestTooLong,
+    StepFailed,
+    UnknownToken,
+    WaitedTooLong,
+)
 from service.lifecycle import NotServing
 from service.prompt.template import TemplateRefused
 
@@ -130,8 +138,20 @@ def _too_long(err: RequestTooLong) -> Answer:
     return Answer(400, INVALID, message, "context_length_exceeded", "messages")
 
 
+def _unknown_token(err: UnknownToken) -> Answer:
+    message = (
+        f"Your messages contain token {err.token_id}, and the model has tokens 0 to {err.vocab - 1}: the "
+        "tokenizer and the model do not belong together. Leave that part out, or tell who runs this server."
+    )
+    return Answer(400, INVALID, message, "unknown_token", "messages")
+
+
 def _queue_full(err: QueueFull) -> Answer:
     return Answer(429, "rate_limit_error", str(err), "queue_full", headers=retry_after(err.retry_after_s))
+
+
+def _waited_too_long(err: WaitedTooLong) -> Answer:
+    return Answer(503, SERVER, str(err), "waited_too_long", headers=retry_after(err.retry_after_s))
 
 
 def _not_serving(err: NotServing) -> Answer:
@@ -167,7 +187,9 @@ TABLE: dict[type[BaseException], Callable[..., Answer]] = {
     HTTPException: _http,
     TemplateRefused: _template,
     RequestTooLong: _too_long,
+    UnknownToken: _unknown_token,
     QueueFull: _queue_full,
+    WaitedTooLong: _waited_too_long,
     NotServing: _not_serving,
     EngineDead: _dead,
     StepFailed: _step_failed,

@@ -1,7 +1,8 @@
 """What each parameter of a chat request means here: honoured, accepted where it changes nothing, or refused.
 
-A parameter that OpenAI publishes and that is not supported yet is accepted at its no-op value and refused by
-name at any other. One that nobody knows is accepted and named in the `x-snugfit-ignored` header.
+`service.api.schemas` has those that are honoured, with their limits. One that OpenAI publishes and that is
+not supported yet is accepted at its no-op value and refused by name at any other. One that nobody knows is
+accepted and named in the `x-snugfit-ignored` header.
 """
 
 from __future__ import annotations
@@ -15,11 +16,8 @@ from pydantic_core import ErrorDetails, from_json
 
 from service.api.errors import ApiError, Unsupported
 from service.api.schemas import ChatCompletionRequest
-from service.engine.types import RequestTooLong, SamplingParams
-from service.prompt.defaults import GenerationDefaults
 
 IGNORED_HEADER = "x-snugfit-ignored"
-GREEDY_BELOW = 1e-5  # a smaller temperature is 0 in float32 divisions; vLLM draws the line here, too
 IGNORED_LIMIT = 1000  # characters: a header that proxies still pass
 
 
@@ -51,17 +49,12 @@ _never = NoOp(lambda _given: False, "leave it out")
 # they are for OpenAI's own cache and bookkeeping and change no answer, so they are treated as unknown.
 NO_OPS: dict[str, NoOp] = {
     "audio": _never,
-    "frequency_penalty": _only(0),
     "function_call": _only("none", "auto"),
     "functions": _empty(list),
-    "logit_bias": _empty(dict),
-    "logprobs": _only(False),
     "modalities": NoOp(lambda given: given == ["text"], 'send ["text"], or leave it out'),
     "moderation": _never,
-    "n": _only(1),
     "parallel_tool_calls": _only(True, False),  # there are no tools to call
     "prediction": _never,
-    "presence_penalty": _only(0),
     "reasoning_effort": _only("none"),
     "response_format": NoOp(
         lambda given: given == {"type": "text"}, 'send {"type": "text"}, or leave it out'
@@ -70,11 +63,18 @@ NO_OPS: dict[str, NoOp] = {
     "store": _only(False),
     "tool_choice": _only("none", "auto"),
     "tools": _empty(list),
-    "top_logprobs": _only(0),
     "verbosity": _only("medium"),
     "web_search_options": _never,
 }
 STREAM_NO_OPS: dict[str, NoOp] = {"include_obfuscation": _only(False)}
+
+# What to do where the limit alone does not say it.
+ADVICE = {  # by parameter, and pydantic's name for what is wrong with it
+    ("n", "less_than_equal"): "for more answers, send several requests",
+    ("top_k", "greater_than_equal"): "0 or -1 turns it off",
+    ("repetition_penalty", "greater_than_equal"): "1 turns it off",
+    ("repetition_penalty", "less_than_equal"): "1 turns it off",
+}
 
 
 def parse(raw: bytes) -> ChatCompletionRequest:
@@ -91,6 +91,7 @@ def parse(raw: bytes) -> ChatCompletionRequest:
     except ValidationError as err:
         raise _invalid(err, given) from None
     _refuse_unsupported(request)
+    _refuse_contradictions(request)
     return request
 
 
@@ -105,47 +106,26 @@ def ignored(request: ChatCompletionRequest) -> dict[str, str]:
     return {IGNORED_HEADER: ", ".join([*kept, f"and {len(names)} more"] if names else kept)}
 
 
-def sampling(
-    request: ChatCompletionRequest, defaults: GenerationDefaults, prompt_tokens: int, context: int
-) -> SamplingParams:
-    """The request's own values over the model's. `max_tokens` is cut to what is left of the context.
-
-    Raises RequestTooLong when the prompt leaves no room for an answer.
-    """
-    left = context - prompt_tokens
-    if left < 1:
-        raise RequestTooLong(prompt_tokens, context)
-    asked = request.max_completion_tokens or request.max_tokens or left
-    top_p = _or(request.top_p, defaults.top_p)
-    temperature = _or(request.temperature, defaults.temperature)
-    nucleus = top_p > 0  # or else: of nothing but the likeliest token, which is greedy
-    return SamplingParams(
-        max_tokens=min(asked, left),
-        temperature=temperature if nucleus and temperature >= GREEDY_BELOW else 0.0,
-        top_p=top_p if nucleus else 1.0,
-        top_k=defaults.top_k,
-        repetition_penalty=defaults.repetition_penalty,
-        stop=tuple(request.stop or ()),
-        stop_token_ids=defaults.stop_token_ids,
-        seed=request.seed,
-    )
-
-
-def _or(value: float | None, default: float) -> float:
-    return default if value is None else value
-
-
 def _refuse_unsupported(request: ChatCompletionRequest) -> None:
     _check_no_ops(request.model_extra or {}, NO_OPS)
-    if request.stream_options is None:
-        return
-    if not request.stream:
-        raise ApiError(
-            "stream_options is only allowed when stream is true.",
-            code="invalid_value",
-            param="stream_options",
-        )
-    _check_no_ops(request.stream_options.model_extra or {}, STREAM_NO_OPS, "stream_options.")
+    if request.stream_options:
+        _check_no_ops(request.stream_options.model_extra or {}, STREAM_NO_OPS, "stream_options.")
+
+
+def _refuse_contradictions(request: ChatCompletionRequest) -> None:
+    """What is valid by itself and not beside the rest."""
+    if request.stream_options and not request.stream:
+        raise _contradiction("stream_options", "stream_options is only allowed when stream is true.")
+    if request.top_logprobs and not request.logprobs:
+        raise _contradiction("top_logprobs", "top_logprobs is only allowed when logprobs is true.")
+    most = request.max_completion_tokens or request.max_tokens
+    if most and (request.min_tokens or 0) > most:
+        told = f"min_tokens: {request.min_tokens} is more than the {most} tokens that the answer may have"
+        raise _contradiction("min_tokens", f"{told}; lower it, or raise max_completion_tokens.")
+
+
+def _contradiction(param: str, message: str) -> ApiError:
+    return ApiError(message, code="invalid_value", param=param)
 
 
 def _check_no_ops(extra: Mapping[str, Any], table: Mapping[str, NoOp], prefix: str = "") -> None:
@@ -180,7 +160,9 @@ def _invalid(err: ValidationError, body: Mapping[str, Any]) -> ApiError:
     if first["type"] == "missing":
         return ApiError(f"{param}: is required", code="missing_required_parameter", param=param)
     code = "invalid_type" if _wrong_type(first) else "invalid_value"
-    return ApiError(f"{param}: {_lower_first(first['msg'])}", code=code, param=param)
+    advice = ADVICE.get((param, first["type"]))
+    message = f"{param}: {_lower_first(first['msg'])}"
+    return ApiError(f"{message}; {advice}" if advice else message, code=code, param=param)
 
 
 def _wrong_type(detail: ErrorDetails) -> bool:

@@ -1,8 +1,7 @@
 """Wire types of the OpenAI API: what is read and written, and nothing that decides.
 
-Requests are strict (no "0.5" for 0.5), and null means unset. Chunks are dumped with `exclude_unset`: a field
-that the specification wants present as null is set to None, one that must be
-absent is left unset.
+Requests are strict (no "0.5" for 0.5), and null means unset. The chunks of a stream are not here: they are
+written by `service.api.chunks`.
 """
 
 from __future__ import annotations
@@ -10,9 +9,19 @@ from __future__ import annotations
 from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
+from typing_extensions import TypedDict
 
 INT64 = 2**63
 MAX_STOPS = 4
+# Answers to one request. In the engine they are as many requests, and other clients wait there too.
+MAX_CHOICES = 16
+MAX_TOP_LOGPROBS = 20
+# Token ids in logit_bias, and in stop_token_ids: each step works on them, and the other rows wait. OpenAI
+# states no limit; vLLM (v1/worker/gpu/sample/logit_bias.py) takes 1,024 biases and 128 ids that stop.
+MAX_TOKEN_IDS = 1024
+# vLLM and transformers ask for more than 0 alone. What is still smaller or greater than these makes no other
+# text, and where float32 ends it makes scores infinite.
+LEAST_REPETITION, MOST_REPETITION = 0.01, 100
 # Far more than any context holds; and one wrong entry is told, not a million of them.
 MAX_MESSAGES, MAX_PARTS = 4096, 1024
 
@@ -47,6 +56,9 @@ def _as_list(value: object) -> object:
 
 StopString = Annotated[str, Field(min_length=1)]
 StopList = Annotated[list[StopString], Field(max_length=MAX_STOPS)]
+TokenId = Annotated[int, Field(ge=0)]  # below the size of the vocabulary, which service.api.sampling knows
+Bias = Annotated[float, Field(ge=-100, le=100)]
+Penalty = Annotated[float, Field(ge=-2, le=2)]
 StopInput = BeforeValidator(_as_list, json_schema_input_type=StopString | StopList | None)
 
 
@@ -61,6 +73,19 @@ class ChatCompletionRequest(_Request):
     max_completion_tokens: Annotated[int, Field(ge=1)] | None = None
     stop: Annotated[StopList | None, StopInput] = None
     seed: Annotated[int, Field(ge=-INT64, lt=INT64)] | None = None
+    n: Annotated[int, Field(ge=1, le=MAX_CHOICES)] | None = None
+    presence_penalty: Penalty | None = None
+    frequency_penalty: Penalty | None = None
+    logit_bias: Annotated[dict[str, Bias], Field(max_length=MAX_TOKEN_IDS)] | None = None
+    logprobs: bool | None = None
+    top_logprobs: Annotated[int, Field(ge=0, le=MAX_TOP_LOGPROBS)] | None = None
+    # vLLM's, by vLLM's names and with its meanings
+    top_k: Annotated[int, Field(ge=-1, lt=INT64)] | None = None  # 0 and -1: off
+    min_p: Annotated[float, Field(ge=0, le=1)] | None = None
+    repetition_penalty: Annotated[float, Field(ge=LEAST_REPETITION, le=MOST_REPETITION)] | None = None
+    min_tokens: Annotated[int, Field(ge=0)] | None = None
+    ignore_eos: bool | None = None
+    stop_token_ids: Annotated[list[TokenId], Field(max_length=MAX_TOKEN_IDS, fail_fast=True)] | None = None
     stream: bool | None = None
     stream_options: StreamOptions | None = None
     user: str | None = None
@@ -72,10 +97,34 @@ class _Response(BaseModel):
     model_config = ConfigDict(json_schema_serialization_defaults_required=True)
 
 
+class PromptTokensDetails(BaseModel):
+    cached_tokens: int  # of the prompt, that were not computed again
+
+
 class Usage(BaseModel):
     prompt_tokens: int
     completion_tokens: int
     total_tokens: int
+    prompt_tokens_details: PromptTokensDetails
+
+
+class TopLogprob(TypedDict):
+    """One token; `bytes` are its own, which may be a part of a character."""
+
+    token: str
+    logprob: float
+    bytes: list[int]
+
+
+class TokenLogprob(TopLogprob):
+    top_logprobs: list[TopLogprob]
+
+
+class Logprobs(TypedDict):
+    """One entry for every token of `usage.completion_tokens`, the one that ended the answer included."""
+
+    content: list[TokenLogprob]
+    refusal: None
 
 
 class AssistantMessage(_Response):
@@ -87,7 +136,7 @@ class AssistantMessage(_Response):
 class Choice(_Response):
     index: int = 0
     message: AssistantMessage
-    logprobs: None = None
+    logprobs: Logprobs | None = None
     finish_reason: str
 
 
@@ -98,29 +147,6 @@ class ChatCompletion(_Response):
     model: str
     choices: list[Choice]
     usage: Usage
-
-
-class Delta(BaseModel):
-    """Fields are left unset in chunks that do not carry them."""
-
-    role: Literal["assistant"] = "assistant"
-    content: str = ""
-
-
-class ChunkChoice(BaseModel):
-    index: int
-    delta: Delta
-    logprobs: None
-    finish_reason: str | None
-
-
-class ChatCompletionChunk(BaseModel):
-    id: str
-    object: Literal["chat.completion.chunk"]
-    created: int
-    model: str
-    choices: list[ChunkChoice]
-    usage: Usage | None = None  # unset unless the client asked for usage
 
 
 class Model(_Response):

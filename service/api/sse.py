@@ -17,6 +17,7 @@ from starlette.types import Receive, Scope, Send
 from service.api.connection import while_connected
 from service.api.errors import ClientGone, answer
 
+DATA, END = b"data: ", b"\n\n"  # of one event
 DONE = b"data: [DONE]\n\n"
 KEEP_ALIVE = b": keep-alive\n\n"
 HEADERS = {

@@ -1,30 +1,82 @@
-"""From the engine's thread to the event loop on which a client waits."""
+"""From the engine's thread to the event loops on which clients wait: token ids, a step's worth at a time."""
 
 from __future__ import annotations
 
 import asyncio
+from collections import deque
+from collections.abc import Sequence as Items
+from dataclasses import dataclass
 
-from service.engine.types import EngineError, TokenEvent
+from service.engine.types import EngineError, Logprobs
+
+
+@dataclass(frozen=True, slots=True)
+class Chosen:
+    """One token of one request, as the engine's thread knows it: no text yet."""
+
+    token_id: int
+    finish_reason: str | None = None  # "stop": it is one of stop_token_ids; "length": no further one may come
+    logprobs: Logprobs | None = None
+    cached_tokens: int = 0  # of the prompt
 
 
 class Channel:
-    """One request's events, in order. Made on the loop that receives them."""
+    """One request's tokens, in order. Made, filled and emptied on the loop that receives them."""
 
     def __init__(self) -> None:
-        self._loop = asyncio.get_running_loop()
-        self._queue: asyncio.Queue[TokenEvent | EngineError] = asyncio.Queue()
+        self.loop = asyncio.get_running_loop()
+        self._items: deque[Chosen | EngineError] = deque()
+        self._filled = asyncio.Event()
 
-    def send(self, item: TokenEvent | EngineError) -> bool:
-        """From any thread. False when nobody can receive it any more, because the loop is closed."""
-        try:
-            self._loop.call_soon_threadsafe(self._queue.put_nowait, item)
-        except RuntimeError:
-            return False
-        return True
+    def put(self, item: Chosen | EngineError) -> None:
+        self._items.append(item)
+        self._filled.set()
 
-    async def receive(self) -> TokenEvent:
-        """The next event; raises the error that was sent in its place."""
-        item = await self._queue.get()
-        if isinstance(item, EngineError):
-            raise item
-        return item
+    async def receive(self) -> list[Chosen]:
+        """All that is there, at least one; waits for the first. Raises the error that was put in a token's
+        place, once all before it has been received."""
+        while not self._items:
+            self._filled.clear()
+            await self._filled.wait()
+        tokens: list[Chosen] = []
+        while self._items:
+            item = self._items[0]
+            if isinstance(item, EngineError):
+                if tokens:
+                    break
+                raise item
+            tokens.append(item)
+            self._items.popleft()
+        return tokens
+
+
+class Outbox:
+    """Collects what a step gives its requests, and delivers it with one call to each loop.
+
+    Waking a loop is a system call, and lets the loop's thread take the interpreter: once a step, not once a
+    token. Belongs to the engine's thread.
+    """
+
+    def __init__(self) -> None:
+        self._mail: dict[asyncio.AbstractEventLoop, list[tuple[Channel, Chosen | EngineError]]] = {}
+
+    def put(self, channel: Channel, item: Chosen | EngineError) -> None:
+        self._mail.setdefault(channel.loop, []).append((channel, item))
+
+    def deliver(self) -> list[asyncio.AbstractEventLoop]:
+        """Send all that was put; the loops that are closed, where nobody can receive it any more."""
+        mail, self._mail = self._mail, {}
+        return [loop for loop, items in mail.items() if not _hand_over(loop, items)]
+
+
+def _hand_over(loop: asyncio.AbstractEventLoop, items: Items[tuple[Channel, Chosen | EngineError]]) -> bool:
+    try:
+        loop.call_soon_threadsafe(_fill, items)
+    except RuntimeError:
+        return False
+    return True
+
+
+def _fill(items: Items[tuple[Channel, Chosen | EngineError]]) -> None:
+    for channel, item in items:
+        channel.put(item)

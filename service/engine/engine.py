@@ -1,4 +1,4 @@
-"""One thread that steps requests through the model: read the inbox, admit, step, emit."""
+"""One thread that steps all requests through the model together: read the inbox, schedule, compute, tell."""
 
 from __future__ import annotations
 
@@ -6,26 +6,26 @@ import logging
 import threading
 import time
 from collections.abc import AsyncGenerator
-from collections.abc import Sequence as Ids
 from dataclasses import dataclass
 from queue import Empty, SimpleQueue
-from typing import Any, Protocol
+from typing import Any
 
 from service.engine.answer import Answer
-from service.engine.channel import Channel
-from service.engine.kv import KvSlots
-from service.engine.sampler import Sampler
-from service.engine.scheduler import Scheduler
+from service.engine.attempt import Failure, attempt
+from service.engine.channel import Channel, Chosen, Outbox
+from service.engine.guards import check_pool, check_request
+from service.engine.rows import StepRunner
+from service.engine.sampler import BadLogits, Choice, Sampler, SamplingState
+from service.engine.scheduler import Scheduler, Step
 from service.engine.sequence import Sequence
-from service.engine.stats import Capacity, Meter
+from service.engine.stats import Capacity, Ended, Meter, Occupancy, StepCount
 from service.engine.types import (
     EngineDead,
-    EngineError,
     EngineStats,
     Request,
-    RequestTooLong,
     StepFailed,
     TokenEvent,
+    WaitedTooLong,
 )
 
 CLOSE_SECONDS = 20
@@ -33,37 +33,34 @@ CLOSE_SECONDS = 20
 log = logging.getLogger(__name__)
 
 
-class StepRunner(Protocol):
-    """What the engine needs of `service.engine.runner.Runner`."""
-
-    context: int
-    concurrency: int
-    chunk_tokens: int
-
-    def step(self, slot: int, ids: Ids[int]) -> Any: ...
-    def release(self, slot: int) -> None: ...
-    def check_device(self) -> None: ...
-    def close(self) -> None: ...
-
-
 @dataclass(frozen=True, slots=True)
 class _Leave:
-    """A message to the thread: the client of this request has gone."""
+    """A message to the thread: the client of this request needs no more tokens."""
 
     sequence: Sequence
+    reason: str  # "cancelled": it has gone; "stop": its text has reached a stop string
 
 
 class StepEngine:
-    """Steps one request at a time; up to `runner.concurrency` take turns, `max_queue` more wait in line.
+    """Serves up to `runner.concurrency` requests at once; `max_queue` more wait, none longer than
+    `max_wait_s`.
 
-    Takes the runner over: from here on only the engine's thread calls it, and `close` closes it.
+    The thread knows token ids alone. Text is made where the client waits, on its event loop, so that it does
+    not hold up the next step. Takes the runner over: from here on only the engine's thread calls it, and
+    `close` closes it. Raises ValueError when the runner's pool does not hold one whole context.
     """
 
-    def __init__(self, runner: StepRunner, tokenizer: Any, max_queue: int = 64) -> None:
-        self._runner, self._tokenizer = runner, tokenizer
-        self._slots = KvSlots(runner.concurrency, runner.context)
-        self._scheduler = Scheduler(self._slots)
-        self._meter = Meter(Capacity(runner.concurrency, runner.context, max_queue))
+    def __init__(
+        self, runner: StepRunner, tokenizer: Any, max_queue: int = 64, max_wait_s: float | None = None
+    ) -> None:
+        check_pool(runner)
+        self._runner, self._tokenizer, self._max_wait_s = runner, tokenizer, max_wait_s
+        layout = runner.layout
+        self._scheduler = Scheduler(layout, runner.concurrency, runner.chunk_tokens, runner.prefix_reuse)
+        self._sampler, self._outbox = Sampler(), Outbox()
+        self._looked_up = self._found = 0  # prompt tokens, for prefix reuse
+        blocks = self._scheduler.pool.blocks_total
+        self._meter = Meter(Capacity(runner.concurrency, runner.context, max_queue, layout.tokens, blocks))
         self._inbox: SimpleQueue[Sequence | _Leave | None] = SimpleQueue()  # None: close
         self._door = threading.Lock()  # nobody enters while the thread looks into the inbox for the last time
         self._cause_of_death: str | None = None
@@ -74,16 +71,20 @@ class StepEngine:
     # On the caller's event loop
 
     async def generate(self, request: Request) -> AsyncGenerator[TokenEvent, None]:
+        check_request(request, self._runner)
+        answer = Answer(request.params, self._tokenizer)
         sequence = self._submit(request)
         try:
             while True:
-                event = await sequence.channel.receive()
-                yield event
-                if event.finish_reason:
-                    return
+                for chosen in await sequence.channel.receive():
+                    event = answer.push(chosen)
+                    if answer.stopped:
+                        self._leave(sequence, "stop")
+                    yield event
+                    if event.finish_reason:
+                        return
         finally:
-            if not sequence.finished:
-                self._inbox.put(_Leave(sequence))
+            self._leave(sequence, "cancelled")
 
     def stats(self) -> EngineStats:
         return self._meter.snapshot()
@@ -96,13 +97,7 @@ class StepEngine:
             log.error("the step being computed did not end in %d s: leaving it behind", CLOSE_SECONDS)
 
     def _submit(self, request: Request) -> Sequence:
-        prompt_tokens, context = len(request.prompt_ids), self._runner.context
-        if prompt_tokens >= context:
-            raise RequestTooLong(prompt_tokens, context)
-        if not prompt_tokens or request.params.max_tokens < 1:
-            raise ValueError(f"request {request.id} has no prompt, or asks for no token")
-        answer = Answer(request.params, self._tokenizer, room=context - prompt_tokens)
-        sequence = Sequence(request, Sampler(request.params, request.prompt_ids), answer, Channel())
+        sequence = Sequence(request, Channel(), SamplingState(request.params, request.prompt_ids))
         with self._door:
             if self._cause_of_death is not None:
                 raise EngineDead(self._cause_of_death)
@@ -110,14 +105,18 @@ class StepEngine:
             self._inbox.put(sequence)
         return sequence
 
+    def _leave(self, sequence: Sequence, reason: str) -> None:
+        """The first reason counts; none does for a request that the thread has ended by itself."""
+        if not sequence.finished:
+            self._inbox.put(_Leave(sequence, reason))
+
     # On the engine's thread
 
     def _run(self) -> None:
         cause = "the engine was closed"
         try:
             while self._read_inbox():
-                self._admit()
-                self._emit(self._step())
+                self._advance()
         except BaseException as error:
             log.critical("the engine's thread ends", exc_info=True)
             cause = f"the engine ended: {type(error).__name__}: {error}"
@@ -132,84 +131,124 @@ class StepEngine:
                 return True
             if message is None:
                 return False
-            self._take(message)
+            if isinstance(message, Sequence):
+                self._scheduler.add(message)
+            elif not message.sequence.finished:
+                self._meter.end([self._remove(message.sequence, message.reason)], self._occupancy())
 
-    def _take(self, message: Sequence | _Leave) -> None:
-        if isinstance(message, Sequence):
-            self._scheduler.add(message)
-        elif not message.sequence.finished:
-            self._finish(message.sequence, "cancelled")
+    def _advance(self) -> None:
+        """One step of everyone whose turn it is. Counts first, then tells: who has seen the last event finds
+        the request gone from the statistics."""
+        began = time.monotonic()
+        self._turn_away_overdue(began)
+        step = self._scheduler.schedule()
+        if step.rows:
+            self._place(step, began)
+            outcome = attempt(self._runner, self._sampler, step)
+            if isinstance(outcome, Failure):
+                self._get_over(step, outcome)
+            else:
+                self._settle(step, outcome, began)
+        self._deliver()
 
-    def _admit(self) -> None:
-        for sequence in self._scheduler.admit():
-            sequence.admitted = time.monotonic()
-            self._meter.admit(sequence.admitted - sequence.arrived)
-
-    def _step(self) -> tuple[Sequence, TokenEvent | EngineError] | None:
-        """One forward for the request whose turn it is; None when it gave no token."""
-        sequence = self._scheduler.next()
-        if sequence is None:
-            return None
-        try:
-            event = self._advance(sequence)
-            return (sequence, event) if event else None
-        except Exception as error:
-            log.exception("a step of request %s failed", sequence.request.id)
-            # Without the cause: its traceback holds the step's tensors, and the client holds this.
-            failed = StepFailed(f"{type(error).__name__}: {error}")
-        self._runner.check_device()
-        return sequence, failed
-
-    def _advance(self, sequence: Sequence) -> TokenEvent | None:
-        assert sequence.slot is not None
-        ids = sequence.next_ids(self._runner.chunk_tokens)
-        logits = self._runner.step(sequence.slot, ids)
-        self._slots.fill(sequence.slot, len(ids))
-        if sequence.reading:
-            sequence.count_read(len(ids))
-            self._meter.read_prompt(len(ids))
-        if sequence.reading:
-            return None
-        token_id = sequence.sampler.choose(logits)
-        sequence.count_generated(token_id)
-        return sequence.answer.push(token_id)
-
-    def _emit(self, outcome: tuple[Sequence, TokenEvent | EngineError] | None) -> None:
-        """Count first, then send: who has seen the last event finds the request gone from the statistics."""
-        self._meter.hold_kv(self._slots.tokens_used)
-        if outcome is None:
+    def _turn_away_overdue(self, now: float) -> None:
+        if self._max_wait_s is None:
             return
-        sequence, item = outcome
-        if isinstance(item, EngineError):
-            self._finish(sequence, "error")
-        else:
-            self._time_token(sequence)
-            if item.finish_reason:
-                self._finish(sequence, item.finish_reason)
-        if not sequence.channel.send(item) and not sequence.finished:
-            self._finish(sequence, "cancelled")
+        overdue = self._scheduler.overdue(now - self._max_wait_s)
+        if not overdue:
+            return
+        retry_after_s = self._meter.retry_after_s()
+        for sequence in overdue:
+            self._outbox.put(sequence.channel, WaitedTooLong(now - sequence.arrived, retry_after_s))
+        self._meter.end([self._remove(sequence, "timed_out") for sequence in overdue], self._occupancy())
 
-    def _time_token(self, sequence: Sequence) -> None:
+    def _place(self, step: Step, now: float) -> None:
+        if not step.admitted and not step.preempted:
+            return
+        new = [sequence for sequence in step.admitted if sequence.admitted is None]
+        for sequence in new:
+            sequence.admitted = now
+        if self._runner.prefix_reuse:
+            self._looked_up += sum(sequence.prompt_tokens for sequence in new)
+            self._found += sum(sequence.cached for sequence in new)
+        waits = [now - sequence.arrived for sequence in new]
+        self._meter.place(waits, len(step.preempted), self._occupancy())
+
+    def _get_over(self, step: Step, failure: Failure) -> None:
+        """Out of memory: again with less, while there is less. Otherwise the step's requests are lost. Raises
+        DeviceLost when no later step can succeed."""
+        if self._runner.one_state:
+            self._scheduler.restart(step)
+        else:
+            self._scheduler.forget(step)
+        self._runner.recover()
+        if failure.out_of_memory and self._scheduler.shrink():
+            log.warning("a step of %d requests is tried again with less: %s", len(step.rows), failure.message)
+            self._meter.run_out(self._occupancy())
+            return
+        if failure.out_of_memory:
+            log.error("the smallest step of %d requests failed: %s", len(step.rows), failure.message)
+        lost = [scheduled.sequence for scheduled in step.rows]
+        for sequence in lost:
+            self._outbox.put(sequence.channel, StepFailed(failure.message))
+        self._meter.end([self._remove(sequence, "error") for sequence in lost], self._occupancy())
+
+    def _settle(self, step: Step, choices: list[Choice | BadLogits], began: float) -> None:
         now = time.monotonic()
+        count = StepCount(len(step.rows))
+        sampled = [scheduled.sequence for scheduled in step.rows if scheduled.row.sample]
+        chosen = list(zip(sampled, choices, strict=True))
+        for sequence, choice in chosen:
+            if isinstance(choice, BadLogits):
+                # Gone before `finish`, so that nobody is given its broken blocks.
+                count.ended.append(self._remove(sequence, "error", broken=True))
+                self._outbox.put(sequence.channel, StepFailed(str(choice)))
+        self._scheduler.finish(step)
+        for sequence, choice in chosen:
+            if not isinstance(choice, BadLogits):
+                self._take(sequence, choice, now, count)
+        count.seconds = time.monotonic() - began
+        self._meter.step(count, self._occupancy())
+
+    def _take(self, sequence: Sequence, choice: Choice, now: float, count: StepCount) -> None:
+        sequence.tokens.append(choice.token_id)
         if sequence.last_token is None:
-            self._meter.first_token(now - sequence.arrived)
+            count.prompt_tokens += sequence.prompt_tokens
+            count.first_token_s.append(now - sequence.arrived)
         else:
-            self._meter.next_token(now - sequence.last_token)
+            count.next_token_s.append(now - sequence.last_token)
         sequence.last_token = now
+        reason = self._reason(sequence, choice.token_id)
+        if reason:
+            count.ended.append(self._remove(sequence, reason))
+        self._outbox.put(sequence.channel, Chosen(choice.token_id, reason, choice.logprobs, sequence.cached))
 
-    def _finish(self, sequence: Sequence, reason: str) -> None:
-        """Free the request's cache and take it out."""
-        if sequence.slot is not None:
-            self._runner.release(sequence.slot)
-        self._remove(sequence, reason)
+    def _reason(self, sequence: Sequence, token_id: int) -> str | None:
+        params = sequence.request.params
+        if token_id in params.stop_token_ids:
+            return "stop"
+        full = len(sequence.tokens) >= self._runner.context
+        return "length" if full or sequence.generated >= params.max_tokens else None
 
-    def _remove(self, sequence: Sequence, reason: str) -> None:
-        self._scheduler.remove(sequence)
-        sequence.finished = True
-        now = time.monotonic()
-        run_s = None if sequence.admitted is None else now - sequence.admitted
-        self._meter.hold_kv(self._slots.tokens_used)
-        self._meter.finish(reason, now - sequence.arrived, run_s)
+    def _remove(self, sequence: Sequence, reason: str, broken: bool = False) -> Ended:
+        """Free the request's blocks and take it out; `broken`: nobody is to find its blocks."""
+        self._scheduler.remove(sequence, broken)
+        return _ended(sequence, reason)
+
+    def _deliver(self) -> None:
+        closed = set(self._outbox.deliver())
+        if closed:
+            gone = [sequence for sequence in self._scheduler if sequence.channel.loop in closed]
+            self._meter.end([self._remove(sequence, "cancelled") for sequence in gone], self._occupancy())
+
+    def _occupancy(self) -> Occupancy:
+        return Occupancy(
+            running=self._scheduler.running,
+            kv_blocks=self._scheduler.pool.blocks_used,
+            kv_tokens=self._scheduler.pool.tokens_used,
+            prefix_queries=self._looked_up,
+            prefix_hits=self._found,
+        )
 
     def _bury(self, cause: str) -> None:
         """Let nobody in, answer everyone who is here, give the memory back.
@@ -218,11 +257,19 @@ class StepEngine:
         """
         with self._door:
             self._cause_of_death = cause
-        self._meter.die()
+        left = list(self._scheduler)
         while not self._inbox.empty():
             if isinstance(message := self._inbox.get(), Sequence):
-                self._scheduler.add(message)
-        for sequence in self._scheduler:
-            self._remove(sequence, "error")
-            sequence.channel.send(EngineDead(cause))
+                left.append(message)
+        self._meter.die([_ended(sequence, "error") for sequence in left])
+        for sequence in left:
+            self._outbox.put(sequence.channel, EngineDead(cause))
+        self._outbox.deliver()
         self._runner.close()
+
+
+def _ended(sequence: Sequence, reason: str) -> Ended:
+    sequence.finished = True
+    now = time.monotonic()
+    run_s = None if sequence.admitted is None else now - sequence.admitted
+    return Ended(reason, now - sequence.arrived, run_s)

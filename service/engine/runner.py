@@ -1,127 +1,203 @@
-"""The only file that calls the model: token ids in, logits of the last one out, one sequence at a time."""
+"""Rows of many sequences in one forward. Only this file and single.py call the model."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Any
+import logging
+from collections.abc import Sequence as Ids
+from functools import partial
+from typing import TYPE_CHECKING, Any
 
 import torch
 
-from service.engine.cache import FixedCache, allocated
-from service.engine.sampler import Sampler
-from service.engine.types import DeviceLost, SamplingParams
+from loader.batching import CONTINUOUS
+from loader.errors import UnsupportedModel
+from loader.kv_layout import KvLayout
+from service.engine import pool
+from service.engine.attention import Attached, Backend, CurrentStep, UnsupportedAttention, connected
+from service.engine.backends import backend_for
+from service.engine.batch import Batcher, Step
+from service.engine.cpu import library
+from service.engine.cpu.packing import pack
+from service.engine.devices import check_device, numbered
+from service.engine.graphs import CudaRecorder, DecodeGraphs, Recorder
+from service.engine.pool import LayerShape, LayerStore
+from service.engine.proof import prove
+from service.engine.rehearsal import rehearse_choice, worst_steps
+from service.engine.rows import Row
+from service.engine.single import SingleRunner
 
-# Over equal scores, no short nucleus is enough, so everything is sorted.
-_EVERY_FEATURE = SamplingParams(max_tokens=1, top_p=0.999999, repetition_penalty=1.1, seed=0)
+if TYPE_CHECKING:
+    from loader.plan import Plan
+
+log = logging.getLogger(__name__)
+
+
+def make_runner(model: Any, device: Any, plan: Plan, prefix_reuse: bool = True) -> Runner | SingleRunner:
+    """The runner that the plan asks for: of many sequences at once, or of one whose cache is of another kind.
+
+    `device` is where the model's inputs go. Raises UnsupportedModel when the model asks for another attention
+    than ours, which the plan should have known.
+    """
+    # On an H100 torch prefers cuDNN's attention, which builds a plan for every length that it has not met
+    # (60 ms for each new token) and keeps them all.
+    torch.backends.cuda.enable_cudnn_sdp(False)
+    if plan.batching != CONTINUOUS:
+        return SingleRunner(model, device, plan.context, plan.chunk_tokens, plan.kv)
+    try:
+        runner = Runner(
+            model, device, plan.context, plan.concurrency, plan.chunk_tokens, plan.kv, prefix_reuse
+        )
+    except UnsupportedAttention as refusal:
+        spec, reason = plan.spec, f"{refusal}, which the plan did not know. Report this."
+        raise UnsupportedModel(spec.source, spec.model_type, reason) from refusal
+    if torch.device(device).type == "cpu":
+        _pack(model, runner)
+    return runner
+
+
+def _pack(model: Any, runner: Runner) -> None:
+    """Let the CPU kernels have what they can compute. Raises KernelsDiffer when they compute otherwise."""
+    found = library.kernels()
+    if found is not None:
+        prove(runner, partial(pack, model, found))
+    log.info("%s", library.describe())
 
 
 class Runner:
-    """A model and `concurrency` KV caches of `context` tokens, all of them allocated here.
+    """Sequences are packed one after the other into a batch of one; attention tells them apart.
 
-    Between steps no tensor is kept but the caches, so memory does not grow. Not thread-safe: whoever steps is
-    the only one who calls.
+    All keys and values are allocated here. Between steps no tensor is kept but these and the step's buffers,
+    so memory does not grow. Not thread-safe: whoever steps is the only one who calls.
     """
 
-    def __init__(self, model: Any, device: Any, context: int, concurrency: int, chunk_tokens: int) -> None:
-        """`device` is where inputs go; layers may be anywhere, and their caches are where they compute.
+    one_state = False
+
+    def __init__(
+        self,
+        model: Any,
+        device: Any,
+        context: int,
+        concurrency: int,
+        chunk_tokens: int,
+        layout: KvLayout,
+        prefix_reuse: bool = True,
+        recorder: Recorder | None = None,
+    ) -> None:
+        """`device` is where inputs go; layers may be anywhere, and their blocks are where they compute.
 
         Runs one token through the model: the keys that come out tell shape, dtype and device of each layer,
-        whatever the family.
+        whatever the family. `recorder` takes the place of CUDA's graphs, for tests.
         """
-        self.context, self.concurrency = context, concurrency
+        self.context, self.concurrency, self.layout = context, concurrency, layout
+        self.prefix_reuse = prefix_reuse
         self.chunk_tokens = min(chunk_tokens, context)
-        self._model, self._device = model, torch.device(device)
-        # On an H100 torch prefers cuDNN's attention, which builds a plan for every length that it has not met
-        # (60 ms for each new token) and keeps them all.
-        torch.backends.cuda.enable_cudnn_sdp(False)
-        self._caches = self._allocate()
+        self._model, self._device = model, numbered(torch.device(device))
+        self.vocab: int = model.get_input_embeddings().num_embeddings
+        self._batcher = Batcher(layout, context, concurrency, self.chunk_tokens, self._device)
+        self._current = CurrentStep()
+        self._attached = Attached(model)
+        self._graphs: DecodeGraphs | None = None
+        try:
+            self._shapes = self._attached.discover(layout, self._first_forward)
+            self._stores = self._connect()
+        except BaseException:
+            self._attached.close()
+            raise
+        if recorder is not None or self._recordable():
+            self._graphs = DecodeGraphs(
+                self._batcher, self._forward, concurrency, recorder or CudaRecorder(self._device)
+            )
 
     @property
     def kv_bytes(self) -> int:
-        """Bytes of all caches."""
-        return sum(cache.n_bytes for cache in self._caches)
-
-    def length(self, slot: int) -> int:
-        """Tokens in the slot's cache."""
-        return self._caches[slot].get_seq_length()
+        """Bytes of all blocks, those that only fill a batch up included."""
+        return sum(store.keys.nbytes + store.values.nbytes for store in self._stores.values())
 
     @torch.inference_mode()
-    def prefill(self, slot: int, ids: Sequence[int]) -> torch.Tensor:
-        """Read all of `ids` after what the slot holds, in chunks. Logits [vocab] after the last."""
-        for start in range(0, len(ids) - self.chunk_tokens, self.chunk_tokens):
-            self.step(slot, ids[start : start + self.chunk_tokens])
-        rest = (len(ids) - 1) % self.chunk_tokens + 1
-        return self.step(slot, ids[-rest:])
+    def step(self, rows: Ids[Row]) -> torch.Tensor:
+        """As StepRunner says. The logits are good until the next step."""
+        if self._graphs is not None:
+            logits = self._graphs.step(rows)
+            if logits is not None:
+                return logits
+        return self._forward(self._batcher.build(rows))
 
-    def decode(self, slot: int, token_id: int) -> torch.Tensor:
-        """Logits [vocab] after one more token."""
-        return self.step(slot, (token_id,))
-
-    @torch.inference_mode()
-    def step(self, slot: int, ids: Sequence[int]) -> torch.Tensor:
-        """One forward over at most `chunk_tokens` ids. Logits [vocab] after the last, in the model's dtype.
-
-        After an error the layers of this slot's cache differ in length: release it.
-        """
-        cache = self._caches[slot]
-        past = cache.get_seq_length()
-        output = self._model(
-            input_ids=torch.tensor([ids], device=self._device),
-            position_ids=torch.arange(past, past + len(ids), device=self._device).unsqueeze(0),
-            past_key_values=cache,
-            use_cache=True,
-            # An index, not 1: from a view of the last row torch multiplies with a copy of the whole head.
-            logits_to_keep=torch.tensor([len(ids) - 1], device=self._device),
-        )
-        logits: torch.Tensor = output.logits[0, -1]
-        return logits
-
-    @torch.inference_mode()
-    def release(self, slot: int) -> None:
-        """Empty the slot's cache; its memory stays."""
-        self._caches[slot].reset()
-
-    def check_device(self) -> None:
-        """For after an error: raises DeviceLost when the device cannot even add, as a GPU whose context is
-        broken; then no later step can succeed either."""
-        try:
-            float(torch.ones(1, device=self._device) + 1)
-        except Exception as error:
-            raise DeviceLost(f"{self._device} answers nothing any more: {error}") from error
-
-    def close(self) -> None:
-        """Let go of the model and free the caches."""
-        self._model = None
-        self._caches = []
+    def recover(self) -> None:
+        """After an error. What the step held went with its exception; a device that cannot even add, as a GPU
+        whose context is broken, is lost: then no later step can succeed either."""
+        self._current.step = None
+        for device in dict.fromkeys([self._device, *(shape.device for shape in self._shapes.values())]):
+            check_device(device)
 
     @torch.inference_mode()
     def rehearse(self) -> None:
         """The worst steps there can be, so that the memory measured afterwards is the real peak.
 
-        A full chunk at the end of a full context, a token after it, and a choice with every feature on.
+        Records the graphs first: what they hold is beside what any step needs. Blocks keep what is written
+        here; nobody looks for it.
         """
-        self._fill(self.context - self.chunk_tokens)
-        self.step(0, [0] * self.chunk_tokens)
-        self.release(0)
-        self._fill(self.context - 1)
-        logits = self.decode(0, 0)
-        prompt_ids = range(min(self.context, len(logits)))
-        Sampler(_EVERY_FEATURE, prompt_ids).choose(torch.zeros_like(logits))
-        self.release(0)
+        if self._graphs is not None:
+            single = worst_steps(self.layout, self.context, 1, 1)[0][0]
+            if not self._graphs.record(single):
+                self._graphs = None
+        for rows in worst_steps(self.layout, self.context, self.concurrency, self.chunk_tokens):
+            logits = self._forward(self._batcher.build(rows))
+        rehearse_choice(logits, self.context)
 
-    def _allocate(self) -> list[FixedCache]:
-        config = self._model.config
-        sample = FixedCache(config, context=1, chunk_tokens=1)
-        self._caches = [sample]
-        self.step(0, (0,))
-        self.release(0)
+    def close(self) -> None:
+        """Let go of the model, which has its own attention again, and free the blocks. Idempotent."""
+        if self._model is None:
+            return
+        if self._graphs is not None:
+            self._graphs.close()
+        self._attached.close()
+        self._current.step = None
+        self._model, self._stores = None, {}
+
+    def _forward(self, step: Step) -> torch.Tensor:
+        """Logits [samples, vocab] of the step's `keep`."""
+        batch = step.main
+        self._current.step = step
+        output = self._model(
+            input_ids=batch.ids,
+            position_ids=batch.positions,
+            use_cache=False,
+            # Indices: of a prefill nobody wants a row of logits for each token.
+            logits_to_keep=batch.keep,
+        )
+        self._current.step = None
+        logits: torch.Tensor = output.logits[0]
+        return logits
+
+    @torch.inference_mode()
+    def _first_forward(self) -> None:
+        self._model(
+            input_ids=torch.zeros(1, 1, dtype=torch.long, device=self._device),
+            position_ids=torch.zeros(1, 1, dtype=torch.long, device=self._device),
+            use_cache=False,
+            logits_to_keep=torch.zeros(1, dtype=torch.long, device=self._device),
+        )
+
+    def _connect(self) -> dict[int, LayerStore]:
+        size = self.layout.block_tokens
+
+        def shapes(index: int, layer: LayerShape, blocks: int) -> pool.Shapes:
+            return self._backend(index).shapes(layer, blocks, size)
+
         with torch.inference_mode():
-            return allocated(sample, config, self.context, self.chunk_tokens, self.concurrency)
+            stores = pool.allocate(self.layout, self._shapes, shapes)
+        layers = {index: self._backend(index)(store) for index, store in stores.items()}
+        self._attached.connect(connected(layers, self._shapes, self._current))
+        return stores
 
-    def _fill(self, tokens: int) -> None:
-        """Make slot 0 hold that many tokens, without computing them where that is possible."""
-        cache = self._caches[0]
-        if cache.seekable:
-            cache.seek(tokens)
-        elif tokens:
-            self.prefill(0, [0] * tokens)
+    def _backend(self, index: int) -> type[Backend]:
+        return backend_for(self._shapes[index], self.layout.block_tokens)
+
+    def _recordable(self) -> bool:
+        """Whether a decode step is kernels on one GPU and nothing else: no weight is copied in."""
+        return (
+            self._device.type == "cuda"
+            and all(self._backend(index).recordable for index in self._shapes)
+            and not any(hasattr(module, "_hf_hook") for module in self._model.modules())
+            and {x.device for x in self._model.state_dict().values()} == {self._device}
+        )

@@ -1,17 +1,38 @@
-"""Chooses one token from a row of logits."""
+"""Chooses the next token of each row of a step, each row by its own parameters and random numbers."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
 
 import torch
+from torch import Tensor
 
-from service.engine.types import SamplingParams
+from service.engine.choosing import (
+    FREE,
+    GREEDY,
+    RESTRICTED,
+    Scratch,
+    Settings,
+    Summary,
+    Wants,
+    finish,
+    inverse_of,
+    summarize,
+    together,
+)
+from service.engine.penalties import Bias, Seen
+from service.engine.ranking import SEGMENTS, argmax
+from service.engine.types import Logprobs, SamplingParams
 
-# A nucleus nearly always lies within so many of the likeliest tokens; then no more than these are sorted.
-SHORT_LISTS = (1024, 16384)
-PENALIZED_AT_ONCE = 4096  # ids, so that temporaries stay small when a long prompt has most of the vocabulary
+ROWS_AT_ONCE = 8  # that exist as float32; loader.footprint counts 6 float32 rows of the vocabulary for each
+# What top_k, top_p and min_p leave nearly always lies within so many of the likeliest tokens; then no more
+# than these are sorted. Beside it how many scores share one maximum in the search for them. The first is for
+# rows that are known to need FEW only.
+SHORT_LISTS = ((32, 64), (128, 32), (2048, 8))
+FEW = 20  # Qwen's top_k, and the most logprobs; there must be room for some that are equal
+SMALLEST_TEMPERATURE = 1e-37  # float32 has no normal number much below
 
 
 class BadLogits(Exception):
@@ -22,91 +43,215 @@ class BadLogits(Exception):
         super().__init__(f"the model's logits are not finite ({value}): its weights or its dtype are broken")
 
 
-class Sampler:
-    """One request's choices, from its own random numbers: the same seed gives the same tokens, whoever else
-    is served. The numbers are drawn on the CPU, so they are the same on every device.
+@dataclass(frozen=True, slots=True)
+class Choice:
+    token_id: int
+    logprobs: Logprobs | None
 
-    Needs at most 6 rows of vocab x 4 bytes beside the logits (loader.footprint counts them).
+
+class SamplingState:
+    """What the choices of one request depend on beside the logits: its parameters, its own random numbers,
+    and as much of prompt and answer as its penalties need.
+
+    The random numbers come from the CPU, one for each token of a request with temperature > 0, so they are
+    the same on every device and whoever else is served.
     """
 
     def __init__(self, params: SamplingParams, prompt_ids: Iterable[int]) -> None:
-        self._params = params
-        self._seen = dict.fromkeys(prompt_ids) if params.repetition_penalty != 1 else {}
+        self.params = params
+        self._generated = 0
         self._random = torch.Generator()
         if params.seed is None:
             self._random.seed()
         else:
             self._random.manual_seed(params.seed % 2**64)
+        self._point: float | None = None  # drawn, and nothing chosen with it yet
+        self._bias = Bias(params.logit_bias)
+        self._forbidden = Bias((id_, -math.inf) for id_ in params.stop_token_ids if params.min_tokens > 0)
+        repeats = params.repetition_penalty != 1
+        penalizes = repeats or params.presence_penalty != 0 or params.frequency_penalty != 0
+        self._seen = Seen(prompt_ids if repeats else ()) if penalizes else None
+
+    @property
+    def kind(self) -> int:
+        params = self.params
+        if params.temperature == 0:
+            return GREEDY
+        return RESTRICTED if params.top_k > 0 or params.top_p < 1 or params.min_p > 0 else FREE
+
+    @property
+    def adjusts(self) -> bool:
+        """Whether `adjust` changes scores now."""
+        return bool(self._bias or self._seen or self._forbids_stops)
+
+    @property
+    def plain(self) -> bool:
+        """Whether the choice is the argmax of the logits as they are, and nothing but it is wanted."""
+        return self.kind == GREEDY and self.params.logprobs is None and not self.adjusts
+
+    @property
+    def needs_few(self) -> bool:
+        """Whether the FEW likeliest are surely all that are chosen from or shown."""
+        few = self.kind != RESTRICTED or 0 < self.params.top_k <= FEW
+        return few and (self.params.logprobs or 0) <= FEW
+
+    @property
+    def _forbids_stops(self) -> bool:
+        return bool(self._forbidden) and self._generated < self.params.min_tokens
+
+    def draw(self) -> float:
+        """In [0, 1), with 53 bits. The same until a token is recorded: a step that fails is tried again."""
+        if self._point is None:
+            self._point = torch.rand((), generator=self._random, dtype=torch.float64).item()
+        return self._point
+
+    def adjust(self, scores: Tensor) -> None:
+        """Apply logit_bias, min_tokens and the penalties to float32 scores [vocab], in place."""
+        if self._bias:
+            self._bias.add(scores)
+        if self._forbids_stops:  # if they are all that there is, one of them is better than none
+            self._forbidden.add(scores, spare=True)
+        if self._seen:
+            self._seen.penalize(scores, self.params)
+
+    def record(self, token_id: int) -> None:
+        self._generated += 1
+        self._point = None
+        if self._seen is not None:
+            self._seen.add(token_id)
+
+
+class Sampler:
+    """Batched choices; a row's choice does not depend on its neighbours.
+
+    On a CPU float32 rows are worked on one after the other: each fits the processor's cache, and sums do not
+    depend on how many rows there are. On other devices at most ROWS_AT_ONCE exist together. No row needs more
+    than 6 rows of vocab x 4 bytes.
+    """
 
     @torch.inference_mode()
-    def choose(self, logits: torch.Tensor) -> int:
-        """The next token, from logits [vocab] of any float dtype, which are not changed. Raises BadLogits."""
-        scores = logits.to(torch.float32, copy=True)
-        self._penalize(scores)
-        token_id = self._greedy(scores) if self._params.temperature == 0 else self._draw(scores)
-        if self._params.repetition_penalty != 1:
-            self._seen[token_id] = None
-        return token_id
+    def choose(self, logits: Tensor, states: Sequence[SamplingState]) -> list[Choice | BadLogits]:
+        """The next token of each row of logits [rows, vocab], of any float dtype; they are not changed.
 
-    def _penalize(self, scores: torch.Tensor) -> None:
-        """Make what was seen less likely, as transformers' RepetitionPenaltyLogitsProcessor does."""
-        if not self._seen:
-            return
-        penalty = self._params.repetition_penalty
-        for seen in torch.tensor(list(self._seen), device=scores.device).split(PENALIZED_AT_ONCE):
-            values = scores[seen]
-            scores[seen] = torch.where(values < 0, values * penalty, values / penalty)
-
-    def _greedy(self, scores: torch.Tensor) -> int:
-        token_id = int(scores.argmax())  # NaN counts as the greatest
-        _check(float(scores[token_id]))
-        return token_id
-
-    def _draw(self, scores: torch.Tensor) -> int:
-        if not 0 < self._params.top_k < len(scores):
-            return self._draw_nucleus(self._weights(scores))
-        scores, ids = scores.topk(self._params.top_k)  # NaN counts as the greatest here, too
-        sums = self._weights(scores).cumsum(0)
-        if self._params.top_p < 1:
-            sums = _nucleus(sums, float(sums[-1]) * self._params.top_p)
-        return int(ids[self._pick(sums)])
-
-    def _weights(self, scores: torch.Tensor) -> torch.Tensor:
-        """In place of the scores. Not probabilities: the likeliest has 1, so no temperature overflows."""
-        greatest = scores.max()
-        _check(float(greatest))
-        return scores.sub_(greatest).div_(self._params.temperature).exp_()
-
-    def _draw_nucleus(self, weights: torch.Tensor) -> int:
-        if self._params.top_p >= 1:
-            return self._pick(weights.cumsum_(0))
-        wanted = float(weights.sum()) * self._params.top_p
-        for count in SHORT_LISTS:
-            if count > len(weights) // 4:
-                break
-            top, ids = weights.topk(count)
-            sums = top.cumsum_(0)
-            if float(sums[-1]) >= wanted:
-                return int(ids[self._pick(_nucleus(sums, wanted))])
-            del top, ids, sums
-        weights, ids = weights.sort(descending=True)
-        return int(ids[self._pick(_nucleus(weights.cumsum_(0), wanted))])
-
-    def _pick(self, sums: torch.Tensor) -> int:
-        """An index, each as likely as it adds to the running sums [n]."""
-        total = sums[-1]
-        point = torch.rand((), generator=self._random, dtype=torch.float64).to(total) * total
-        # Rounding must not push the point beyond the last one that adds something.
-        point = torch.minimum(point, torch.nextafter(total, torch.zeros_like(total)))
-        return min(int(torch.searchsorted(sums, point, right=True)), len(sums) - 1)
+        Each is recorded in its state. A row of which nothing can be chosen gives BadLogits in its place.
+        All results come from the device in one transfer; only a row for which the first short list was too
+        short is looked at once more, alone.
+        """
+        if all(state.plain for state in states):
+            lines = torch.cat([part.double() for part in argmax(logits)], 1).tolist() if states else []
+            return [_answer(state, line) for state, line in zip(states, lines, strict=True)]
+        settings = _upload(states, logits)
+        first, *longer = _lists(logits, states)
+        lines = _attempt(logits, states, settings, *first)
+        for row, line in enumerate(lines):
+            alone = slice(row, row + 1)
+            for size, width in longer:
+                if line[2] or not math.isfinite(line[0]):
+                    break
+                (line,) = _attempt(logits[alone], states[alone], settings[alone], size, width)
+            lines[row] = line
+        return [_answer(state, line) for state, line in zip(states, lines, strict=True)]
 
 
-def _nucleus(sums: torch.Tensor, wanted: float) -> torch.Tensor:
-    """The shortest beginning of the running sums that reaches `wanted`; at least one."""
-    count = int(torch.searchsorted(sums, wanted)) + 1
-    return sums[:count]
+def features(rows: int, prompt_ids: Iterable[int]) -> list[SamplingState]:
+    """States whose choices need the most memory there is, for a rehearsal.
+
+    Over logits that are all equal no short list is enough, so everything is sorted.
+    """
+    params = SamplingParams(
+        max_tokens=1, top_p=0.999999, min_p=1e-9, repetition_penalty=1.1, frequency_penalty=0.1, seed=0,
+        logprobs=20,
+    )  # fmt: skip
+    prompt_ids = tuple(prompt_ids)
+    return [SamplingState(params, prompt_ids) for _ in range(rows)]
 
 
-def _check(value: float) -> None:
-    if not math.isfinite(value):
-        raise BadLogits(value)
+def _rows_at_once(logits: Tensor) -> int:
+    return 1 if logits.device.type == "cpu" else ROWS_AT_ONCE
+
+
+def _lists(logits: Tensor, states: Sequence[SamplingState]) -> list[tuple[int, int]]:
+    """Sizes of lists, and widths of groups, to be tried one after the other; the last list is everything.
+
+    All rows have the first at the same time, which must take less memory than the few rows in float32. On
+    CPUs sums of a longer list begin with those of a shorter: there neighbours may choose what is first.
+    """
+    vocab = logits.shape[1]
+    few, some, many = ((max(1, min(size, vocab // 32)), width) for size, width in SHORT_LISTS)
+    start = 0 if logits.device.type == "cpu" and all(state.needs_few for state in states) else 1
+    long = [many] if SHORT_LISTS[2][0] * 4 <= vocab else []
+    return [*(few, some)[start:], *long, (vocab, SEGMENTS)]
+
+
+def _upload(states: Sequence[SamplingState], logits: Tensor) -> Tensor:
+    """The states' Settings as float64 [rows, 7] on the logits' device; draws one random number for each."""
+    vocab = logits.shape[1]
+    lines = []
+    for state in states:
+        params, greedy = state.params, state.kind == GREEDY
+        lines.append(
+            (
+                state.kind,
+                1.0 if greedy else max(params.temperature, SMALLEST_TEMPERATURE),
+                params.top_k if params.top_k < vocab else 0,
+                params.top_p,
+                params.min_p,
+                0.0 if greedy else state.draw(),
+                min(params.logprobs or 0, vocab),
+            )
+        )
+    return torch.tensor(lines, dtype=torch.float64).to(logits.device)
+
+
+def _attempt(
+    logits: Tensor, states: Sequence[SamplingState], settings: Tensor, size: int, width: int
+) -> list[list[float]]:
+    """Choose with a list of the `size` likeliest: a line for each row, as `_answer` reads it."""
+    columns, vocab = Settings(*settings.split(1, 1)), logits.shape[1]
+    wants = _wants(states, vocab)
+    summary = together(_read(logits, states, columns, wants, size, width))
+    return finish(summary, columns, wants, vocab, size, width).tolist()
+
+
+def _read(
+    logits: Tensor, states: Sequence[SamplingState], settings: Settings, wants: Wants, size: int, width: int
+) -> list[Summary]:
+    step = min(_rows_at_once(logits), len(states))
+    scratch, inverse = Scratch(step, logits), inverse_of(settings.temperature)
+    parts = []
+    for start in range(0, len(states), step):
+        part = slice(start, start + step)
+        scores = scratch.load(logits[part])
+        for row, state in enumerate(states[part]):
+            if state.adjusts:
+                state.adjust(scores[row, : logits.shape[1]])
+        parts.append(summarize(scores, scratch, inverse[part], settings.point[part], wants, size, width))
+    return parts
+
+
+def _whole_nucleus(params: SamplingParams, vocab: int) -> bool:
+    return params.temperature > 0 and params.top_p < 1 and not 0 < params.top_k < vocab
+
+
+def _wants(states: Sequence[SamplingState], vocab: int) -> Wants:
+    params = [state.params for state in states]
+    return Wants(
+        kinds=frozenset(state.kind for state in states),
+        weights=any(state.kind == FREE or _whole_nucleus(state.params, vocab) for state in states),
+        scaled=any(each.temperature != 1 for each in params),
+        logprobs=any(each.logprobs is not None for each in params),
+        shown=max(each.logprobs or 0 for each in params),
+    )
+
+
+def _answer(state: SamplingState, line: list[float]) -> Choice | BadLogits:
+    if not math.isfinite(line[0]):
+        return BadLogits(line[0])
+    token_id, wanted = int(line[1]), state.params.logprobs
+    state.record(token_id)
+    if wanted is None:
+        return Choice(token_id, None)
+    shown = (len(line) - 4) // 2
+    logprobs, ids = line[4 : 4 + shown], line[4 + shown :]
+    top = tuple((int(each), logprob) for each, logprob in zip(ids, logprobs, strict=True))
+    return Choice(token_id, Logprobs(line[3], top[:wanted]))

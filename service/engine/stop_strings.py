@@ -15,12 +15,18 @@ class StopStrings:
         self._held = ""
         self.found = False
 
-    def push(self, text: str) -> str:
-        """Take more text, give what may be shown. After a match `found` is True and nothing more comes."""
+    def push(self, text: str, may_end: bool = True) -> str:
+        """Take more text, give what may be shown. After a match `found` is True and nothing more comes.
+
+        A stop string that is completed by text with `may_end=False` is text like any other; one that such
+        text only begins is still found.
+        """
         if self.found:
             return ""
-        text = self._held + text
-        start = self._match(text)
+        if not self._stops:
+            return text
+        known, text = len(self._held), self._held + text
+        start = self._match(text, known) if may_end else None
         if start is not None:
             self.found, self._held = True, ""
             return text[:start]
@@ -33,9 +39,13 @@ class StopStrings:
         held, self._held = self._held, ""
         return held
 
-    def _match(self, text: str) -> int | None:
-        """Where the winning match begins."""
-        ends = [(at + len(stop), at) for stop in self._stops if (at := text.find(stop)) >= 0]
+    def _match(self, text: str, known: int) -> int | None:
+        """Where the winning match begins, of those that end after the first `known` characters."""
+        ends = [
+            (at + len(stop), at)
+            for stop in self._stops
+            if (at := text.find(stop, max(0, known - len(stop) + 1))) >= 0
+        ]
         return min(ends)[1] if ends else None
 
     def _undecided(self, text: str) -> int:

@@ -16,6 +16,9 @@ class GenerationDefaults:
     top_k: int = 0
     repetition_penalty: float = 1.0
     stop_token_ids: frozenset[int] = frozenset()
+    min_p: float = 0.0
+    presence_penalty: float = 0.0
+    frequency_penalty: float = 0.0
 
     @classmethod
     def read(cls, generation_config: Mapping[str, Any], end_ids: Iterable[int] = ()) -> GenerationDefaults:
@@ -30,8 +33,11 @@ class GenerationDefaults:
             temperature=0.0 if config.get("do_sample") is False else temperature,
             top_p=_number(config.get("top_p"), 1.0, low=1e-6, high=1.0),
             top_k=int(_number(config.get("top_k"), 0, low=0)),
-            repetition_penalty=_number(config.get("repetition_penalty"), 1.0, low=1e-6),
+            repetition_penalty=_number(config.get("repetition_penalty"), 1.0, low=0.01, high=100.0),
             stop_token_ids=frozenset({*_ids(config.get("eos_token_id")), *end_ids}),
+            min_p=_number(config.get("min_p"), 0.0, low=0.0, high=1.0),
+            presence_penalty=_number(config.get("presence_penalty"), 0.0, low=-2.0, high=2.0),
+            frequency_penalty=_number(config.get("frequency_penalty"), 0.0, low=-2.0, high=2.0),
         )
 
 

@@ -9,6 +9,7 @@ from typing import Any
 from jinja2 import TemplateError
 
 from loader.errors import BadCheckpoint
+from service.prompt.token_text import TokenTexts
 
 Message = Mapping[str, str]
 
@@ -42,6 +43,7 @@ class ChatTemplate:
     def __init__(self, tokenizer: Any, source: str, override: Path | None = None) -> None:
         """Raises NoChatTemplate or BadChatTemplate: a bad template stops the start and not a request."""
         self._tokenizer = tokenizer
+        self.tokens = TokenTexts(tokenizer)
         self._text = (
             override.read_text(encoding="utf-8-sig") if override else _own_template(tokenizer, source)
         )

@@ -8,6 +8,7 @@ import os
 import socket
 import sys
 from contextlib import ExitStack
+from types import SimpleNamespace
 
 from service import logs
 from service.app import create_app
@@ -44,6 +45,8 @@ class Counting:
 
 
 class Bytes:
+    tokens = SimpleNamespace(count=256)
+
     def encode(self, messages):
         return tuple("".join(message["content"] for message in messages).encode())
 

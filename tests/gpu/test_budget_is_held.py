@@ -48,16 +48,19 @@ before = used()
 
 import torch
 from loader.load import load
-from service.engine.runner import Runner
+from service.engine.rows import Row
+from service.engine.runner import make_runner
 from service.nvml import Nvml
 
 loaded = load(plan)
-runner = Runner(loaded.model, loaded.device, plan.context, plan.concurrency, plan.chunk_tokens)
+runner = make_runner(loaded.model, loaded.device, plan)
 runner.rehearse()
 rehearsed = loaded.measured_peak_bytes()["cuda:0"]
-chosen = [int(runner.prefill(0, ids).argmax())]
+tables = tuple([*range(-(-context // plan.kv.block_tokens))] for _ in plan.kv.groups)
+choose = lambda new, start: int(runner.step([Row(new, start, tables, True)])[0].argmax())
+chosen = [choose(ids, 0)]
 while len(chosen) < tokens:
-    chosen.append(int(runner.decode(0, chosen[-1]).argmax()))
+    chosen.append(choose(chosen[-1:], len(ids) + len(chosen) - 1))
 measured = loaded.measured_peak_bytes()["cuda:0"]
 (gpu,) = [device for device in Nvml().read() if device.device == "cuda:0"]
 reserved = torch.cuda.memory_reserved()
@@ -149,7 +152,9 @@ def test_closing_gives_the_memory_back(run, budget_bytes):
 
 def test_what_passes_the_cap_is_refused_with_the_plan_and_not_by_cuda():
     plan = plan_for(2 * GB)
-    too_many = 3 * GB // (plan.kv_bytes_per_token * plan.context)
+    (group,) = plan.kv.groups
+    too_many = replace(group, blocks=3 * GB // (plan.kv_bytes_per_token * plan.kv.block_tokens))
+    too_large = replace(plan, kv=replace(plan.kv, groups=(too_many,)))
     with pytest.raises(OutOfMemory, match="while rehearsing the largest request; the plan counted on a peak"):
-        start_backend(Settings(device="cuda"), replace(plan, concurrency=too_many), Progress())
+        start_backend(Settings(device="cuda"), too_large, Progress())
     start_backend(Settings(device="cuda"), plan, Progress()).close()  # nothing of it is left

@@ -1,11 +1,16 @@
 """loader/arena.py: one buffer, handed out in aligned pieces until it is full."""
 
+import sys
+
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from loader import probe
 from loader.arena import ALIGN_BYTES, Arena, aligned
+
+MiB = 2**20
 
 CPU = torch.device("cpu")
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.int64, torch.uint8, torch.bool)
@@ -66,6 +71,18 @@ def test_the_last_piece_needs_no_room_behind_it():
     arena = Arena(ALIGN_BYTES + 12, CPU)
     taken(arena, 1)
     assert taken(arena, 3).nbytes == 12
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="huge pages are asked for on Linux")
+def test_a_large_arena_begins_at_a_huge_page_and_takes_no_more_memory_for_it():
+    before = probe.resident_bytes()
+    arena = Arena(64 * MiB + 1000, CPU)
+    tensor = taken(arena, 64 * MiB + 1000, dtype=torch.uint8)
+    tensor.fill_(1)
+    assert tensor.data_ptr() % (2 * MiB) == 0
+    assert probe.resident_bytes() - before < 65 * MiB
+    with pytest.raises(MemoryError, match="arena of 67,109,864 bytes"):
+        taken(arena, 1, dtype=torch.uint8)
 
 
 @given(st.integers(0, 2**40))

@@ -425,9 +425,11 @@ def test_a_dtype_that_cannot_be_loaded_is_refused_with_those_that_can(configs, d
 def test_logits_are_counted_as_the_model_gives_them_and_as_the_sampler_copies_them(configs):
     vocab = configs["qwen2-7b"]["vocab_size"]
     half, full = (from_config(configs["qwen2-7b"], dtype) for dtype in ("bfloat16", "float32"))
-    assert half.logits_bytes(1) == vocab * (2 + 6 * 4)
-    assert full.logits_bytes(1) == vocab * (4 + 6 * 4)
-    assert half.logits_bytes(3) == 3 * half.logits_bytes(1)
+    assert half.logits_bytes(1) == (vocab + 3584) * 2 + vocab * 6 * 4
+    assert full.logits_bytes(1) == (vocab + 3584) * 4 + vocab * 6 * 4
+    assert half.logits_bytes(8) == 8 * half.logits_bytes(1)
+    more = half.logits_bytes(64) - half.logits_bytes(8)
+    assert more == 56 * (vocab + 3584) * 2  # 8 rows are chosen at once
 
 
 def test_a_chunk_is_never_longer_than_the_context(configs):

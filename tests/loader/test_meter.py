@@ -7,9 +7,11 @@ import pytest
 import torch
 
 from loader import probe
+from loader.batching import CONTINUOUS
 from loader.budget import CUDA_CONTEXT_BYTES, MemoryBudget
 from loader.checkpoint import ModelSpec
 from loader.errors import CudaTakesMore
+from loader.kv_layout import KvGroup, KvLayout
 from loader.meter import DO_NOT_SPLIT, LATER_KERNELS_BYTES, Meter
 from loader.plan import DevicePlan, Plan
 from loader.probe import Gpu, Machine
@@ -23,8 +25,9 @@ UUIDS = {"cuda:0": "aaaa", "cuda:1": "bbbb"}
 def plan_for(devices, budget):
     return Plan(
         spec=ModelSpec("m", None, {}, ()), budget=budget, family="f", exact=True, dtype="bfloat16",
-        weights_bytes=1, resident_bytes=1, offloaded_bytes=0, kv_bytes_per_token=1, kv_tokens=1, context=1,
-        concurrency=1, chunk_tokens=1, device_map={"": 0}, max_memory={},
+        weights_bytes=1, resident_bytes=1, offloaded_bytes=0, kv_bytes_per_token=1, context=1,
+        concurrency=1, chunk_tokens=1, batching=CONTINUOUS, kv=KvLayout(256, (KvGroup(None, (0,), 1),)),
+        device_map={"": 0}, max_memory={},
         devices=tuple(DevicePlan(name, 8 * GB, 1, 0, 0, 0, 0, 0) for name in devices),
     )  # fmt: skip
 

@@ -9,6 +9,7 @@ from loader.checkpoint import read
 from loader.footprint import measure
 from loader.placement import (
     CPU_RESERVE_BYTES,
+    CUDA_GRAPHS_BYTES,
     CUDA_SLACK_BYTES,
     Placer,
     Setting,
@@ -65,7 +66,7 @@ def placed_bytes(footprint, placement, device):
     return sum(unit.n_bytes for unit in footprint.units if placement.places[unit.module] == device)
 
 
-def assert_adds_up(footprint, placement, budget):
+def assert_adds_up(footprint, placement, budget, continuous=True):
     """Every unit is somewhere, once; nothing is over its limit; caches and logits are where they are used."""
     devices = by_device(placement)
     assert list(placement.places) == [unit.module for unit in footprint.units]
@@ -75,9 +76,10 @@ def assert_adds_up(footprint, placement, budget):
         assert plan.free_bytes == plan.budget_bytes - plan.peak_bytes
     assert sum(plan.weights_bytes for plan in devices.values()) == footprint.weights_bytes
     setting = placement.setting
-    one = footprint.kv_bytes(setting.context, setting.chunk)
-    assert sum(plan.kv_bytes for plan in devices.values()) == one * setting.concurrency
-    assert sum(plan.logits_bytes for plan in devices.values()) == footprint.logits_bytes(1)
+    pool = Placer(footprint, budget, continuous).pool
+    assert sum(plan.kv_bytes for plan in devices.values()) == pool.n_bytes(setting)
+    logits = sum(plan.logits_bytes for plan in devices.values())
+    assert logits == footprint.logits_bytes(setting.concurrency)
     away = [plan for device, plan in devices.items() if device not in budget.compute]
     assert placement.offload.n_bytes == sum(plan.weights_bytes for plan in away)
     assert devices[budget.compute[0]].staging_bytes == placement.offload.staging_bytes
@@ -93,10 +95,26 @@ def test_one_device_holds_weights_cache_activations_logits_and_a_reserve(models,
     placement = resident(footprint, budget, Setting(2048, 8192, 1))
     assert_adds_up(footprint, placement, budget)
     (plan,) = placement.devices
-    activations = footprint.activation_bytes(2048, 8192, on_gpu)
-    assert (plan.weights_bytes, plan.kv_bytes) == (footprint.weights_bytes, 8192 * 57_344)
+    block = 256 if on_gpu else 32
+    activations = footprint.packed_activation_bytes(2048, 8192, 1, block, on_gpu)
+    assert (plan.weights_bytes, plan.kv_bytes) == (footprint.weights_bytes, (8192 + block) * 57_344)
     assert (plan.activation_bytes, plan.staging_bytes) == (activations, 0)
-    assert plan.logits_bytes == 152_064 * (2 + 6 * 4)
+    assert plan.logits_bytes == 152_064 * (2 + 6 * 4) + 3584 * 2
+    graphs = CUDA_GRAPHS_BYTES + footprint.graph_bytes(1, 8192, block)
+    assert plan.reserve_bytes == (
+        gpu_reserve(activations, budget.context_bytes) + graphs if on_gpu else CPU_RESERVE_BYTES
+    )
+
+
+@pytest.mark.parametrize(("device", "on_gpu"), [("cuda:0", True), ("cpu", False)])
+def test_a_model_that_runs_one_request_at_a_time_has_its_own_cache_and_no_graphs(models, device, on_gpu):
+    footprint = models["7b windowed"]
+    budget = MemoryBudget((device,), {device: PLENTY})
+    placement = Placer(footprint, budget, continuous=False).resident(Setting(2048, 8192, 1), PLENTY)
+    assert_adds_up(footprint, placement, budget, continuous=False)
+    (plan,) = placement.devices
+    activations = footprint.activation_bytes(2048, 8192, on_gpu)
+    assert (plan.kv_bytes, plan.activation_bytes) == (footprint.kv_bytes(8192, 2048), activations)
     assert plan.reserve_bytes == (
         gpu_reserve(activations, budget.context_bytes) if on_gpu else CPU_RESERVE_BYTES
     )
@@ -116,19 +134,21 @@ def test_what_fits_exactly_fits_and_a_byte_less_does_not(models, name, kind):
     assert resident(footprint, kind(limit - 1)) is None
 
 
-def test_each_request_that_runs_has_a_cache_of_its_own(models):
-    one, four = (
-        resident(models["7b"], gpu(PLENTY), Setting(256, 2048, concurrency)).devices[0]
-        for concurrency in (1, 4)
+def test_all_requests_share_the_blocks_that_the_setting_says(models):
+    least, more = (
+        resident(models["7b"], cpu(PLENTY), Setting(256, 2048, 4, blocks)).devices[0]
+        for blocks in (None, 100)
     )
-    assert four.kv_bytes == 4 * one.kv_bytes
-    assert four.peak_bytes - one.peak_bytes == 3 * one.kv_bytes
+    assert least.kv_bytes == (2048 + 32) * 57_344
+    assert more.kv_bytes == 101 * 32 * 57_344
+    assert more.peak_bytes - least.peak_bytes == more.kv_bytes - least.kv_bytes
 
 
 def test_layers_with_a_window_keep_the_window_and_a_chunk(models):
-    plan = resident(models["7b windowed"], gpu(PLENTY), Setting(256, 8192, 1)).devices[0]
+    plan = resident(models["7b windowed"], cpu(PLENTY), Setting(256, 8192, 1)).devices[0]
     per_layer = 57_344 // 28
-    assert plan.kv_bytes == 14 * per_layer * 8192 + 14 * per_layer * (512 + 256)
+    kept = 511 + 256 + 1 + 32  # in 25 blocks, because they begin and end anywhere
+    assert plan.kv_bytes == 14 * per_layer * (8192 + 32) + 14 * per_layer * (kept + 32)
 
 
 # Several GPUs
@@ -145,13 +165,13 @@ def test_layers_fill_gpus_in_the_order_in_which_they_run(models):
     assert [plan.logits_bytes > 0 for plan in placement.devices] == [False, True]
     layers = {unit.layer: placement.places[unit.module] for unit in footprint.units if unit.layer is not None}
     on_first = sum(device == "cuda:0" for device in layers.values())
-    assert by_device(placement)["cuda:0"].kv_bytes == on_first * 2048 * 57_344 // 28
+    assert by_device(placement)["cuda:0"].kv_bytes == on_first * (2048 + 256) * 57_344 // 28
 
 
 def test_the_first_gpu_takes_as_many_layers_as_it_can(models):
     footprint, budget = models["7b"], two_gpus(9 * GB, 9 * GB)
     placement = resident(footprint, budget)
-    layer = sum(unit.n_bytes for unit in footprint.units if unit.layer == 0) + 2048 * 57_344 // 28
+    layer = sum(unit.n_bytes for unit in footprint.units if unit.layer == 0) + 2304 * 57_344 // 28
     assert placement.devices[0].free_bytes < layer
 
 
@@ -165,7 +185,8 @@ def test_no_layer_is_split_between_gpus(models):
 
 
 def test_a_layer_goes_where_its_cache_fits_too(models):
-    footprint, setting = models["7b"], Setting(256, 32_768, 4)  # caches are half as large as the weights
+    footprint = models["7b"]
+    setting = Setting(256, 32_768, 4, blocks=512)  # keys and values are half as large as the weights
     for first in range(10 * GB, 14 * GB, GB // 5):
         budget = two_gpus(first, 16 * GB)
         assert_adds_up(footprint, resident(footprint, budget, setting), budget)
@@ -208,7 +229,7 @@ def test_what_does_not_fit_on_a_gpu_waits_in_ram(models):
     devices = by_device(placement)
     assert set(devices) == {"cuda:0", "cpu"}
     assert (devices["cpu"].kv_bytes, devices["cpu"].reserve_bytes) == (0, CPU_RESERVE_BYTES)
-    assert devices["cuda:0"].kv_bytes == footprint.kv_bytes(2048, 256)
+    assert devices["cuda:0"].kv_bytes == footprint.kv_bytes(2048 + 256, 256)
     left = {unit.module for unit in footprint.units if placement.places[unit.module] == "cpu"}
     assert left == {unit.module for unit in placement.offload.units}
 
@@ -301,7 +322,11 @@ def test_a_device_too_small_for_what_must_stay_holds_nothing(models):
 
 LIMITS = st.integers(0, 3 * GB)
 SETTINGS = st.builds(
-    Setting, st.sampled_from([64, 256, 2048]), st.sampled_from([2048, 32_768]), st.integers(1, 3)
+    Setting,
+    st.sampled_from([64, 256, 2048]),
+    st.sampled_from([2048, 32_768]),
+    st.integers(1, 3),
+    st.none() | st.integers(1024, 3072),
 )
 
 

@@ -4,8 +4,11 @@ import json
 import re
 import warnings
 from dataclasses import replace
+from itertools import pairwise
 
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from loader.budget import MemoryBudget, format_bytes
 from loader.checkpoint import ModelSpec, read
@@ -191,9 +194,10 @@ STEPS = [
 ]
 
 
-def needed(spec, budget, chunk, context, concurrency=1):
-    """Bytes of the main device that hold the whole model, its cache and one chunk."""
-    placed = Placer(measure(spec), budget).resident(Setting(chunk, context, concurrency), PLENTY)
+def needed(spec, budget, chunk, context, blocks=None):
+    """Bytes of the main device that hold the whole model, the pool and one step of as many rows as usual."""
+    rows = 16 if budget.compute[0] == "cpu" else 64
+    placed = Placer(measure(spec), budget).resident(Setting(chunk, context, rows, blocks), PLENTY)
     return placed.devices[0].peak_bytes
 
 
@@ -217,9 +221,185 @@ def test_weights_leave_after_that_and_chunks_are_256_tokens_again(specs, name, k
 
 
 def test_nothing_is_given_up_when_there_is_room(specs):
-    plan = make_plan(specs["7b"], gpu(24 * GB, cpu=0))
+    plan = make_plan(specs["7b"], gpu(50 * GB, cpu=0))
     assert (plan.given_up, plan.offloaded_bytes) == ((), 0)
-    assert (plan.context, plan.chunk_tokens, plan.concurrency) == (8192, 2048, 1)
+    assert (plan.context, plan.chunk_tokens, plan.concurrency) == (8192, 2048, 64)
+    assert plan.kv_tokens == 64 * 8192
+    assert not any("KV pool" in note for note in plan.notes)
+
+
+# The pool
+
+
+@pytest.mark.parametrize(("name", "kind"), [("7b", gpu), ("0.5b", cpu), ("one kv head", cpu)])
+def test_the_pool_takes_what_is_left_to_the_block_and_is_given_up_before_anything_else(specs, name, kind):
+    spec, budget = specs[name], kind(PLENTY, cpu=0) if kind is gpu else kind(PLENTY, disk=0)
+    size = 256 if kind is gpu else 32
+    one, rows = 8192 // size, 64 if kind is gpu else 16
+    for blocks in (one, one + 1, 3 * one + 7, rows * one):
+        threshold = needed(spec, budget, 2048, 8192, blocks)
+        plan = make_plan(spec, with_main(budget, threshold))
+        assert (plan.kv.block_tokens, plan.kv.groups[0].blocks) == (size, blocks)
+        assert (plan.kv_tokens, plan.devices[0].free_bytes) == (blocks * size, 0)
+        assert (plan.chunk_tokens, plan.context, plan.concurrency) == (2048, 8192, rows)
+        short = make_plan(spec, with_main(budget, threshold - 1))
+        if blocks > one:
+            assert (short.kv_tokens, short.chunk_tokens) == ((blocks - 1) * size, 2048)
+        else:
+            assert (short.kv_tokens, short.chunk_tokens) == (8192, 1024)
+
+
+def test_the_pool_is_at_least_one_context_and_at_most_one_for_each_row(specs):
+    assert make_plan(specs["0.5b"], cpu(100 * GB)).kv_tokens == 16 * 8192
+    assert make_plan(specs["0.5b"], gpu(100 * GB)).kv_tokens == 64 * 8192
+    assert make_plan(specs["0.5b"], cpu(100 * GB), context=100, concurrency=3).kv_tokens == 3 * 128
+    assert make_plan(specs["0.5b"], gpu(100 * GB), context=100, concurrency=3).kv_tokens == 3 * 256
+
+
+@pytest.mark.parametrize("name", SWEPT)
+def test_there_is_always_a_pool_for_one_context_and_a_larger_budget_never_has_a_smaller_one(sweeps, name):
+    found = plans(sweeps[name])
+    for plan in found:
+        assert plan.context <= plan.kv_tokens <= plan.context * plan.concurrency
+        assert plan.kv_tokens - plan.context < plan.kv.block_tokens or not plan.given_up
+    pools = [plan.kv_tokens for plan in found]
+    assert pools == sorted(pools)
+
+
+def test_who_asked_for_more_conversations_than_are_held_is_told_that_they_were_given_up(specs):
+    plan = make_plan(specs["7b"], gpu(20 * GB, cpu=0), concurrency=20)
+    held = plan.kv_tokens // 8192
+    assert 1 < held < 20
+    assert given_up(plan) == ["KV pool"]
+    assert plan.given_up[0].startswith(f"KV pool: 163,840 -> {plan.kv_tokens:,} tokens, which frees ")
+    assert plan.given_up[0].endswith(f"{held} conversations of 8,192 at once, more when they are shorter")
+    assert not any("KV pool" in note for note in plan.notes)
+
+
+def test_who_did_not_is_told_how_many_there_are(specs):
+    plan = make_plan(specs["7b"], gpu(20 * GB, cpu=0))
+    (note,) = (note for note in plan.notes if "KV pool" in note)
+    assert note == (
+        f"KV pool: {plan.kv_tokens:,} tokens: {plan.kv_tokens // 8192} conversations of 8,192 at once, "
+        "more when they are shorter."
+    )
+    assert plan.given_up == ()
+    offloaded = make_plan(specs["7b"], gpu(8 * GB, cpu=20 * GB))
+    assert any("2,048 tokens: one conversation of 2,048 at once" in note for note in offloaded.notes)
+
+
+def test_every_token_of_the_pool_has_its_bytes_in_every_layer(specs):
+    plan = make_plan(specs["7b"], cpu(20 * GB), context=5000, concurrency=7)
+    (group,) = plan.kv.groups
+    assert (group.window, group.layers, group.blocks) == (None, tuple(range(28)), 7 * -(-5000 // 32))
+    assert plan.devices[0].kv_bytes == (group.blocks + 1) * 32 * 57_344
+
+
+def windowed(specs, **others):
+    """The 0.5B with a window of 512 tokens in layers 10 to 23."""
+    window = {"use_sliding_window": True, "sliding_window": 512, "max_window_layers": 10, **others}
+    return replace(specs["0.5b"], config={**specs["0.5b"].config, **window})
+
+
+def test_layers_with_a_window_have_a_group_with_no_more_blocks_than_their_rows_can_hold(specs):
+    plan = make_plan(windowed(specs), cpu(20 * GB), concurrency=4)
+    full, sliding = plan.kv.groups
+    assert (full.window, full.layers, full.blocks) == (None, tuple(range(10)), 4 * 256)
+    one = -(-(511 + 2048) // 32) + 1
+    assert (sliding.window, sliding.layers, sliding.blocks) == (512, tuple(range(10, 24)), 4 * one)
+    per_layer = 2 * 2 * 64 * 2
+    held = 10 * (full.blocks + 1) + 14 * (sliding.blocks + 1)
+    assert plan.devices[0].kv_bytes == held * 32 * per_layer
+    assert plan.kv_tokens == 4 * 8192
+
+
+def test_a_model_of_sliding_layers_alone_needs_no_more_than_its_windows(specs):
+    spec = windowed(specs, max_window_layers=0)
+    one = -(-(511 + 2048) // 32) + 1
+    (group,) = make_plan(spec, cpu(20 * GB), concurrency=4).kv.groups
+    assert (group.window, group.blocks) == (512, 4 * one)
+    threshold = Placer(measure(spec), cpu(0)).resident(Setting(2048, 8192, 16), PLENTY).devices[0].peak_bytes
+    tight = make_plan(spec, cpu(threshold))
+    assert tight.kv.groups[0].blocks == one
+    assert tight.devices[0].free_bytes == 0
+
+
+LIMITS = st.integers(600_000_000, 6 * GB)
+
+
+@settings(deadline=None, max_examples=300)
+@given(
+    limit=LIMITS, more=st.integers(1, GB), context=st.none() | st.integers(1, 32_768),
+    rows=st.none() | st.integers(1, 200), kind=st.sampled_from([gpu, cpu]),
+    window=st.sampled_from([None, 24, 5]),
+)  # fmt: skip
+def test_any_plan_keeps_the_budget_and_holds_one_context(specs, limit, more, context, rows, kind, window):
+    spec = specs["0.5b"] if window is None else windowed(specs, max_window_layers=window)
+    asked = {"context": context, "concurrency": rows}
+    places = {"cpu": 0, "disk": GB // 3} if kind is gpu else {"disk": GB // 3}
+    try:
+        small = make_plan(spec, kind(limit, **places), **asked)
+    except BudgetExceeded:
+        return
+    large = make_plan(spec, kind(limit + more, **places), **asked)
+    for plan in (small, large):
+        first, size = plan.kv.groups[0], plan.kv.block_tokens
+        one = first.blocks_for(plan.context, plan.chunk_tokens, size)
+        assert all(0 <= device.peak_bytes <= device.budget_bytes for device in plan.devices)
+        assert one <= first.blocks <= plan.concurrency * one
+        assert plan.chunk_tokens >= plan.concurrency
+        for group in plan.kv.groups[1:]:
+            least = group.blocks_for(plan.context, plan.chunk_tokens, size)
+            assert least <= group.blocks <= min(first.blocks, plan.concurrency * least)
+        assert sorted(layer for group in plan.kv.groups for layer in group.layers) == list(range(24))
+    assert (large.context, large.concurrency) >= (small.context, small.concurrency)
+    if large.chunk_tokens == small.chunk_tokens:
+        assert large.kv_tokens >= small.kv_tokens
+    assert bool(large.offloaded_bytes) <= bool(small.offloaded_bytes)
+
+
+# Requests that run one at a time
+
+
+def linear(specs):
+    """LFM2's shape of layers, in the size of the 0.5B."""
+    kinds = ["conv", "full_attention"] * 12
+    config = {**specs["0.5b"].config, "model_type": "lfm2", "layer_types": kinds, "conv_L_cache": 3}
+    return replace(specs["0.5b"], config=config)
+
+
+@pytest.mark.parametrize("asked", [None, 1, 5])
+def test_a_model_that_cannot_be_batched_runs_one_request_at_a_time_and_says_so(specs, asked):
+    plan = make_plan(linear(specs), cpu(20 * GB), concurrency=asked)
+    assert (plan.batching, plan.concurrency) == ("one at a time", 1)
+    (note,) = (note for note in plan.notes if "one at a time" in note)
+    together = ", not 5 together" if asked == 5 else ""
+    assert note == (
+        f"lfm2 has convolution layers: requests run one at a time{together}, with the model's own cache."
+    )
+    assert plan.given_up == ()
+
+
+def test_such_a_model_is_planned_with_its_own_cache(specs):
+    spec = linear(specs)
+    plan = make_plan(spec, cpu(20 * GB), context=1000)
+    (group,) = plan.kv.groups
+    assert (group.window, group.layers, group.blocks) == (None, tuple(range(24)), 32)
+    footprint = measure(spec)
+    (device,) = plan.devices
+    assert device.kv_bytes == footprint.kv_bytes(1000, 1000)
+    assert device.activation_bytes == footprint.activation_bytes(1000, 1000)
+    assert device.logits_bytes == footprint.logits_bytes(1)
+
+
+def test_such_a_model_gives_up_chunk_context_and_weights_as_any_other(specs):
+    budgets = range(700_000_000, 1_200_000_000, 25_000_000)
+    found = [make_plan(linear(specs), cpu(limit, disk=GB)) for limit in budgets]
+    for small, large in pairwise(found):
+        assert small.devices[0].peak_bytes <= small.devices[0].budget_bytes
+        assert (large.context, large.kv_tokens) >= (small.context, small.kv_tokens)
+    assert {plan.batching for plan in found} == {"one at a time"}
+    assert found[0].offloaded_bytes > 0 == found[-1].offloaded_bytes
 
 
 def test_what_was_given_up_is_told_with_what_it_frees(specs):
@@ -271,21 +451,22 @@ def test_a_tied_embedding_stays_however_small_the_budget(specs):
 def test_a_context_that_was_asked_for_is_never_shortened(specs, context):
     for limit in range(5 * GB, 24 * GB, 5 * GB):
         plan = make_plan(specs["7b"], gpu(limit, cpu=20 * GB), context=context)
-        assert (plan.context, plan.kv_tokens) == (context, context)
-        assert plan.chunk_tokens <= context
+        assert plan.context == context <= plan.kv_tokens
+        assert plan.chunk_tokens <= max(context, plan.concurrency)
         assert "context" not in given_up(plan)
 
 
 def test_a_context_that_does_not_fit_is_refused_rather_than_shortened(specs):
-    budget = gpu(16 * GB, cpu=0)
+    budget = gpu(16_300_000_000, cpu=0)
     assert make_plan(specs["7b"], budget).context < 8192
     error = refusal(specs["7b"], budget, context=32_768)
     assert "a shorter --context (each token takes 57,344 bytes)" in error.hint
 
 
-def test_each_of_the_concurrent_requests_has_its_own_context(specs):
+def test_the_pool_has_a_context_for_each_of_the_concurrent_requests_where_there_is_room(specs):
     one, four = (make_plan(specs["7b"], gpu(40 * GB, cpu=0), concurrency=n) for n in (1, 4))
-    assert on(four, "cuda:0").kv_bytes == 4 * on(one, "cuda:0").kv_bytes == 4 * 8192 * 57_344
+    assert on(one, "cuda:0").kv_bytes == (8192 + 256) * 57_344
+    assert on(four, "cuda:0").kv_bytes == (4 * 8192 + 256) * 57_344
     assert (four.kv_tokens, four.context, four.concurrency) == (4 * 8192, 8192, 4)
     assert four.kv_bytes_per_token == one.kv_bytes_per_token == 57_344
 
@@ -343,7 +524,7 @@ TOO_SMALL = {
     "7b on the CPU": ("7b", cpu(8 * GB, disk=0), {}),
     "7b on the CPU with a disk": ("7b", cpu(GB, disk=20 * GB), {}),
     "7b with a long context": ("7b", gpu(2 * GB, cpu=20 * GB), {"context": 32_768}),
-    "7b for sixteen": ("7b", gpu(2 * GB, cpu=20 * GB), {"concurrency": 16}),
+    "7b for a thousand": ("7b", gpu(2 * GB, cpu=20 * GB), {"concurrency": 1000}),
     "7b in float32": ("7b", gpu(20 * GB, cpu=0, disk=0), {"dtype": "float32"}),
     "7b on two GPUs": ("7b", two_gpus(8 * GB, 4 * GB, cpu=0, disk=0), {}),
     "7b on two GPUs with RAM": ("7b", two_gpus(GB, GB, cpu=20 * GB), {}),
@@ -413,7 +594,7 @@ def test_two_gpus_are_a_pipeline(specs):
     assert set(layers) == {0, 1}
     assert (plan.device_map["model.embed_tokens"], plan.device_map["lm_head"]) == (0, 1)
     assert [device.kv_bytes for device in plan.devices] == [
-        layers.count(number) * plan.kv_tokens * 57_344 // 28 for number in (0, 1)
+        layers.count(number) * (plan.kv_tokens + 256) * 57_344 // 28 for number in (0, 1)
     ]
     assert [device.logits_bytes > 0 for device in plan.devices] == [False, True]
 
@@ -588,8 +769,12 @@ def test_json_holds_the_whole_plan_in_json_types(specs, budget):
     assert found.keys() >= {
         "weights_bytes", "resident_bytes", "offloaded_bytes", "kv_bytes_per_token", "kv_tokens", "fits",
         "device_map", "max_memory", "devices", "context", "concurrency", "chunk_tokens", "dtype", "family",
-        "exact", "given_up", "notes",
+        "exact", "given_up", "notes", "batching", "kv",
     }  # fmt: skip
+    assert (found["batching"], found["kv"]["block_tokens"]) == ("continuous", 256)
+    assert found["kv"]["groups"] == [
+        {"window": None, "layers": list(range(28)), "blocks": plan.kv_tokens // 256}
+    ]
     assert found["fits"] is True
     assert found["model"] == specs["7b"].source
     assert found["device_map"] == plan.device_map

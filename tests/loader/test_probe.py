@@ -133,6 +133,34 @@ def v1(folder, limit, usage, cache=0):
     }
 
 
+def test_threads_are_the_cores_that_this_process_may_use(groups, monkeypatch):
+    monkeypatch.setattr(probe.os, "sched_getaffinity", lambda _pid: set(range(6)), raising=False)
+    monkeypatch.setattr(probe.psutil, "cpu_count", lambda logical: 16 if logical else 8)
+    groups("0::/\n", {})
+    assert probe.cpu_threads() == 6
+    monkeypatch.setattr(probe.psutil, "cpu_count", lambda logical: 6 if logical else 3)
+    assert probe.cpu_threads() == 3
+
+
+@pytest.mark.parametrize(
+    ("lines", "files", "threads"),
+    [
+        ("0::/\n", {"cpu.max": "150000 100000"}, 2),
+        ("0::/\n", {"cpu.max": "max 100000"}, 8),
+        ("0::/pod/one\n", {"pod/cpu.max": "300000 100000", "pod/one/cpu.max": "max 100000"}, 3),
+        ("0::/\n", {"cpu.max": "20000 100000"}, 1),
+        ("4:cpu:/\n", {"cpu/cpu.cfs_quota_us": "400000", "cpu/cpu.cfs_period_us": "100000"}, 4),
+        ("4:cpu,cpuacct:/\n", {"cpu/cpu.cfs_quota_us": "-1", "cpu/cpu.cfs_period_us": "100000"}, 8),
+        ("0::/\n", {}, 8),
+    ],
+)  # fmt: skip
+def test_a_containers_quota_limits_the_threads(groups, monkeypatch, lines, files, threads):
+    monkeypatch.setattr(probe.os, "sched_getaffinity", lambda _pid: set(range(8)), raising=False)
+    monkeypatch.setattr(probe.psutil, "cpu_count", lambda logical: 8)
+    groups(lines, files)
+    assert probe.cpu_threads() == threads
+
+
 def unlimited():
     memory = psutil.virtual_memory()
     return memory.total, pytest.approx(memory.available, rel=0.1)

@@ -8,6 +8,7 @@ import socket
 import threading
 import time
 from contextlib import ExitStack, contextmanager
+from types import SimpleNamespace
 
 import httpx
 import openai
@@ -15,14 +16,17 @@ import pytest
 
 from loader.budget import MemoryBudget
 from loader.checkpoint import ModelSpec
+from loader.kv_layout import KvGroup, KvLayout
 from loader.plan import DevicePlan, Plan
 from service.backend import Backend
 from service.engine.types import EngineDead, EngineStats, Histogram, TokenEvent
 from service.prompt.defaults import GenerationDefaults
+from service.prompt.token_text import TokenText
 from service.settings import Settings
 
 DEADLINE_S = 10
 NAME = "lab/tiny"
+HALVES = ("🙂".encode()[:2], "🙂".encode()[2:])
 
 
 def until(condition, what="it"):
@@ -76,7 +80,9 @@ class ScriptedEngine:
             alive=self.alive, running=self.running, waiting=0, waiting_limit=64, context=64,
             kv_tokens_used=16, kv_tokens_total=64, prompt_tokens=100, generation_tokens=50,
             finished={"stop": self.ended, "cancelled": len(self.aborted)}, rejected=2,
-            time_to_first_token=latency,
+            time_to_first_token=latency, kv_blocks_used=3, kv_blocks_total=8, preemptions=4,
+            prefix_queries=80, prefix_hits=60, steps=30, out_of_memory=1, timed_out=5,
+            batch_size=Histogram((1.0, 4.0), (10, 15, 5), 90.0), step_time=Histogram((0.01,), (20, 10), 0.6),
         )  # fmt: skip
 
     def close(self):
@@ -84,7 +90,12 @@ class ScriptedEngine:
 
 
 class WordTemplate:
-    """One id per word; `seen` keeps the messages."""
+    """One id per word; `seen` keeps the messages. Of its 100 tokens the first are half an emoji each."""
+
+    tokens = SimpleNamespace(
+        count=100,
+        of=lambda id_: TokenText("\ufffd", HALVES[id_]) if id_ < 2 else TokenText(f"t{id_}", b"t%d" % id_),
+    )
 
     def __init__(self):
         self.seen = []
@@ -155,7 +166,8 @@ def plan():
     return Plan(
         spec=ModelSpec("m", None, {}, ()), budget=MemoryBudget(("cpu",), {"cpu": 1000}), family="f",
         exact=True, dtype="bfloat16", weights_bytes=400, resident_bytes=400, offloaded_bytes=0,
-        kv_bytes_per_token=2, kv_tokens=100, context=64, concurrency=1, chunk_tokens=16,
+        kv_bytes_per_token=2, batching="continuous",
+        kv=KvLayout(20, (KvGroup(None, (0, 1), 5),)), context=64, concurrency=1, chunk_tokens=16,
         device_map={"": "cpu"}, max_memory={"cpu": 400}, devices=(device,),
     )  # fmt: skip
 

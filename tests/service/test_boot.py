@@ -19,7 +19,16 @@ def test_nothing_is_served_when_the_measured_peak_is_over_the_budget(plan):
     assert refused.value.exit_code == 43
 
 
-@pytest.mark.parametrize("error", [MemoryError("arena"), torch.OutOfMemoryError("CUDA out of memory")])
+@pytest.mark.parametrize(
+    "error",
+    [
+        MemoryError("arena"),
+        torch.OutOfMemoryError("CUDA out of memory"),
+        RuntimeError(
+            "[enforce fail] DefaultCPUAllocator: can't allocate memory: you tried to allocate 1 bytes"
+        ),
+    ],
+)
 def test_running_out_of_memory_is_told_with_what_was_planned(plan, monkeypatch, error):
     def fail(_settings, _plan, progress, opened):
         opened.callback(closed.append, True)

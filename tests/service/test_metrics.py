@@ -12,6 +12,10 @@ ENGINE = {
     "snugfit_context_tokens": 64, "snugfit_kv_cache_capacity_tokens": 64, "snugfit_kv_cache_used_tokens": 16,
     "snugfit_kv_cache_usage_ratio": 0.25, "snugfit_prompt_tokens_total": 100,
     "snugfit_generation_tokens_total": 50, "snugfit_requests_rejected_total": 2,
+    "snugfit_requests_timed_out_total": 5, "snugfit_kv_cache_capacity_blocks": 8,
+    "snugfit_kv_cache_used_blocks": 3, "snugfit_preemptions_total": 4,
+    "snugfit_prefix_cache_queried_tokens_total": 80, "snugfit_prefix_cache_hit_tokens_total": 60,
+    "snugfit_engine_steps_total": 30, "snugfit_out_of_memory_retries_total": 1,
 }  # fmt: skip
 
 
@@ -42,6 +46,15 @@ def test_histograms_are_cumulative_and_end_in_infinity(live):
     assert counts == [3, 5, 6]
     assert found[f"{name}_count", (("model", "lab/tiny"),)] == 6
     assert found[f"{name}_sum", (("model", "lab/tiny"),)] == 4.5
+
+
+def test_steps_are_shown_by_their_time_and_by_the_requests_in_them(live):
+    found = samples(live.get("/metrics").text)
+    model = ("model", "lab/tiny")
+    size, time = "snugfit_step_batch_size", "snugfit_step_time_seconds"
+    assert [found[f"{size}_bucket", (("le", le), model)] for le in ("1.0", "4.0", "+Inf")] == [10, 25, 30]
+    assert found[f"{size}_sum", (model,)] == 90
+    assert [found[f"{time}_bucket", (("le", le), model)] for le in ("0.01", "+Inf")] == [20, 30]
 
 
 def test_memory_is_shown_as_planned_measured_and_against_the_budget(live):

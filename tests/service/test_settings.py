@@ -102,6 +102,8 @@ def test_an_empty_variable_counts_as_not_set(monkeypatch, toml):
         ("context", "0"),
         ("concurrency", "0.5"),
         ("max_queue", "-1"),
+        ("max_wait_seconds", "-1"),
+        ("max_wait_seconds", "inf"),
         ("drain_seconds", "nan"),
         ("keep_alive_seconds", "inf"),
         ("log_level", "loud"),

@@ -8,7 +8,8 @@ from rich.console import Console
 from loader.budget import MemoryBudget
 from loader.checkpoint import ModelSpec
 from loader.errors import BudgetExceeded
-from loader.plan import DevicePlan, Plan
+from loader.kv_layout import KvGroup, KvLayout
+from loader.plan import ONE_AT_A_TIME, DevicePlan, Plan
 from service.show import PARTS, picture, print_misfit, print_plan, shares, short_map, size
 
 GPU = DevicePlan(
@@ -25,9 +26,10 @@ PLAN = Plan(
     resident_bytes=12_600_000_000,
     offloaded_bytes=2_631_233_024,
     kv_bytes_per_token=57_344,
-    kv_tokens=32_768,
+    batching="continuous",
+    kv=KvLayout(256, (KvGroup(None, tuple(range(28)), 128),)),
     context=16_384,
-    concurrency=2,
+    concurrency=64,
     chunk_tokens=512,
     device_map={
         "model.embed_tokens": 0,
@@ -61,8 +63,9 @@ R  reserve      600.0 MB         -
    budget       16.00 GB  30.00 GB
 
 budget      --budget 16GB
-context     16,384 tokens x 2 at the same time
-KV cache    32,768 tokens, 57,344 bytes each
+context     16,384 tokens for one request
+batching    continuous: up to 64 requests in one step
+KV cache    32,768 tokens, shared in blocks of 256, 57,344 bytes each
 prefill     in chunks of 512 tokens
 offloaded   2.63 GB in RAM: read at every step, about 0.26 s at 10 GB/s
 given up    context: 131,072 tokens would have been possible with more
@@ -112,6 +115,13 @@ def test_a_model_name_in_brackets_is_not_taken_for_markup():
     text = printed(lambda console: print_plan(plan, console))
     assert "models/[bold]x" in text
     assert "[red]note" in text
+
+
+def test_a_model_that_runs_one_request_at_a_time_is_shown_with_its_own_cache():
+    plan = replace(PLAN, batching=ONE_AT_A_TIME, concurrency=1, context=1000)
+    text = printed(lambda console: print_plan(plan, console))
+    assert "\nbatching    one at a time\n" in text
+    assert "\nKV cache    1,000 tokens of the model's own, 57,344 bytes each\n" in text
 
 
 def test_an_estimate_is_labelled_as_one():

@@ -8,10 +8,18 @@ import openai
 import pytest
 from jsonschema import validate
 
-from service.engine.types import QueueFull, RequestTooLong, StepFailed
+from service.engine.types import QueueFull, RequestTooLong, StepFailed, WaitedTooLong
 
 # The required fields of CreateChatCompletionResponse and CreateChatCompletionStreamResponse (openai-openapi).
-USAGE = {"type": "object", "required": ["prompt_tokens", "completion_tokens", "total_tokens"]}
+USAGE = {
+    "type": "object",
+    "required": ["prompt_tokens", "completion_tokens", "total_tokens"],
+    "properties": {"prompt_tokens_details": {"type": "object", "required": ["cached_tokens"]}},
+}
+SHORT_USAGE = {
+    "prompt_tokens": 2, "completion_tokens": 2, "total_tokens": 4,
+    "prompt_tokens_details": {"cached_tokens": 0},
+}  # fmt: skip
 REASONS = ["stop", "length", "tool_calls", "content_filter", "function_call"]
 COMPLETION = {
     "type": "object",
@@ -75,7 +83,7 @@ def test_an_answer_has_every_field_that_the_specification_requires(live):
     assert body["model"] == "lab/tiny"
     assert body["id"].startswith("chatcmpl-")
     assert body["choices"][0]["message"] == {"role": "assistant", "content": "Hello", "refusal": None}
-    assert body["usage"] == {"prompt_tokens": 2, "completion_tokens": 2, "total_tokens": 4}
+    assert body["usage"] == SHORT_USAGE
     assert "x-snugfit-ignored" not in response.headers
 
 
@@ -96,7 +104,7 @@ def test_usage_comes_in_a_last_chunk_without_choices_and_only_when_asked_for(liv
     *chunks, last = events(live.post(stream=True, stream_options={"include_usage": True}))
     validate(last, CHUNK)
     assert last["choices"] == []
-    assert last["usage"] == {"prompt_tokens": 2, "completion_tokens": 2, "total_tokens": 4}
+    assert last["usage"] == SHORT_USAGE
     assert all(chunk["usage"] is None for chunk in chunks)
 
 
@@ -142,15 +150,15 @@ def test_text_that_json_and_sse_must_escape_arrives_as_it_was(running, scripted)
 
 def test_what_had_no_effect_is_named_in_a_header_streaming_or_not(live):
     for stream in (False, True):
-        response = live.post(stream=stream, top_k=5, mirostat=2)
+        response = live.post(stream=stream, top_a=5, mirostat=2)
         assert response.status_code == 200
-        assert response.headers["x-snugfit-ignored"] == "top_k, mirostat"
+        assert response.headers["x-snugfit-ignored"] == "top_a, mirostat"
 
 
 def test_an_unsupported_parameter_is_refused_in_the_sdks_own_terms(live):
     with pytest.raises(openai.BadRequestError) as refused:
-        live.client().chat.completions.create(**live.ask(n=3))
-    assert (refused.value.code, refused.value.param) == ("unsupported_parameter", "n")
+        live.client().chat.completions.create(**live.ask(verbosity="low"))
+    assert (refused.value.code, refused.value.param) == ("unsupported_parameter", "verbosity")
     assert refused.value.type == "invalid_request_error"
     assert not live.engine.requests
 
@@ -210,6 +218,7 @@ def test_a_prompt_that_is_too_long_is_refused_before_the_queue_with_both_numbers
     ("error", "status", "code", "seconds"),
     [
         (QueueFull(64, 64, 2.5), 429, "queue_full", ("3", "2500")),
+        (WaitedTooLong(600, 2.5), 503, "waited_too_long", ("3", "2500")),
         (RequestTooLong(70, 64), 400, "context_length_exceeded", None),
         (StepFailed("out of memory"), 500, "generation_failed", None),
         (KeyError("prompt text"), 500, "internal_error", None),

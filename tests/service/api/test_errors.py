@@ -24,6 +24,8 @@ from service.engine.types import (
     QueueFull,
     RequestTooLong,
     StepFailed,
+    UnknownToken,
+    WaitedTooLong,
 )
 from service.lifecycle import Draining, LoadFailed, Loading, NotServing
 from service.prompt.template import TemplateRefused
@@ -45,7 +47,9 @@ ROWS = [
     (HTTPException(501), 501, SERVER, "not_implemented", None, None),
     (TemplateRefused("roles must alternate"), 400, REQUEST, "invalid_messages", "messages", None),
     (RequestTooLong(70, 64), 400, REQUEST, "context_length_exceeded", "messages", None),
+    (UnknownToken(70, 64), 400, REQUEST, "unknown_token", "messages", None),
     (QueueFull(64, 64, 2.5), 429, LIMIT, "queue_full", None, ("3", "2500")),
+    (WaitedTooLong(600, 2.5), 503, SERVER, "waited_too_long", None, ("3", "2500")),
     (NotServing("not now"), 503, SERVER, "not_serving", None, ("5", "5000")),
     (Loading(PROGRESS), 503, SERVER, "model_loading", None, ("5", "5000")),
     (Draining(), 503, SERVER, "draining", None, ("10", "10000")),
@@ -155,6 +159,13 @@ def test_a_failed_step_is_logged_and_a_refusal_is_not(service_log):
     ):
         errors.answer(error)
     assert len(service_log.records) == 1
+
+
+def test_a_token_that_the_model_does_not_have_is_named_with_those_it_has():
+    message = errors.answer(UnknownToken(70, 64)).message
+    assert "token 70" in message
+    assert "0 to 63" in message
+    assert "tokenizer" in message
 
 
 def test_a_message_of_any_text_is_json():

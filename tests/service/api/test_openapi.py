@@ -26,6 +26,9 @@ REQUIRED = {
     "Choice": {"finish_reason", "index", "message", "logprobs"},
     "AssistantMessage": {"role", "content", "refusal"},
     "Usage": {"prompt_tokens", "completion_tokens", "total_tokens"},
+    "Logprobs": {"content", "refusal"},
+    "TokenLogprob": {"token", "logprob", "bytes", "top_logprobs"},
+    "TopLogprob": {"token", "logprob", "bytes"},
     "ErrorBody": {"error"},
     "ErrorDetail": {"type", "message", "param", "code"},
     "Model": {"id", "object", "created", "owned_by"},
@@ -54,7 +57,9 @@ CHUNK = {
         },
         "usage": {
             "type": ["object", "null"], "required": sorted(REQUIRED["Usage"]),
-            "additionalProperties": NUMBER,
+            "properties": {
+                "prompt_tokens_details": {"type": "object", "properties": {"cached_tokens": NUMBER}},
+            },
         },
     },
 }  # fmt: skip
@@ -160,6 +165,10 @@ def test_requests_that_are_answered_are_valid_by_it(document, live):
         live.ask(stop=["a", "b"], max_completion_tokens=3, temperature=None, unknown_to_all={"a": 1}),
         live.ask(messages=[{"role": "user", "content": [{"type": "text", "text": "hi"}]}]),
         live.ask(stream=True, stream_options={"include_usage": True}),
+        live.ask(n=2, presence_penalty=-2, frequency_penalty=2, logit_bias={"5": -100, "99": 0.5}),
+        live.ask(logprobs=True, top_logprobs=20),
+        live.ask(top_k=-1, min_p=0.05, repetition_penalty=1.1, min_tokens=2, ignore_eos=True),
+        live.ask(stop_token_ids=[0, 99]),
     ]
     for ask in asks:
         body.validate(ask)
@@ -171,7 +180,10 @@ def test_requests_that_are_not_valid_by_it_are_refused(document, live):
     for more in (
         {"messages": []}, {"messages": "hi"}, {"messages": [{"content": "hi"}]}, {"temperature": 3},
         {"max_tokens": 0}, {"stop": ["a"] * 5}, {"stop": [""]}, {"stop": ""}, {"seed": "x"},
-        {"stream": "yes"},
+        {"stream": "yes"}, {"n": 17}, {"n": 0}, {"presence_penalty": 3}, {"frequency_penalty": -2.1},
+        {"logit_bias": {"5": 101}}, {"logit_bias": [5]}, {"logprobs": 1}, {"top_logprobs": 21},
+        {"top_k": -2}, {"min_p": 1.1}, {"repetition_penalty": 0}, {"min_tokens": -1}, {"ignore_eos": 1},
+        {"stop_token_ids": [-1]}, {"stop_token_ids": 5},
     ):  # fmt: skip
         assert not body.is_valid(live.ask(**more)), more
         assert live.post(**more).status_code == 400, more
@@ -217,7 +229,7 @@ def test_every_refusal_is_declared_and_is_what_it_declares(document, running, sc
         key = {"authorization": "Bearer k"}
         long = [{"role": "user", "content": "x" * 2000}]
         refusals = [
-            live.post(), live.post(key, n=5), live.post(key, model="other"), live.post(key, messages=long),
+            live.post(), live.post(key, n=50), live.post(key, model="other"), live.post(key, messages=long),
             live.post({**key, "content-type": "text/plain"}),
         ]  # fmt: skip
         for error in (QueueFull(1, 1, 1), EngineDead("ended")):

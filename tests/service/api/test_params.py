@@ -6,8 +6,6 @@ from openai.types.chat.completion_create_params import CompletionCreateParamsStr
 from service.api import params
 from service.api.errors import ApiError, answer
 from service.api.schemas import ChatCompletionRequest
-from service.engine.types import RequestTooLong
-from service.prompt.defaults import GenerationDefaults
 
 ASK = {"model": "m", "messages": [{"role": "user", "content": "hi"}]}
 LABELS = {
@@ -27,10 +25,6 @@ def refusal(raw=None, **more):
     return told
 
 
-def sampled(defaults=None, prompt_tokens=10, context=100, **more):
-    return params.sampling(parse(**more), defaults or GenerationDefaults(), prompt_tokens, context)
-
-
 def test_every_published_parameter_is_honoured_or_in_the_table_or_a_label():
     published = set(CompletionCreateParamsStreaming.__annotations__)
     honoured = set(ChatCompletionRequest.model_fields)
@@ -41,9 +35,8 @@ def test_every_published_parameter_is_honoured_or_in_the_table_or_a_label():
 @pytest.mark.parametrize(
     ("name", "value"),
     [
-        ("n", 1), ("presence_penalty", 0), ("frequency_penalty", 0.0), ("logprobs", False),
         ("top_logprobs", 0), ("response_format", {"type": "text"}), ("tools", []), ("tool_choice", "auto"),
-        ("tool_choice", "none"), ("logit_bias", {}), ("store", False), ("service_tier", "auto"),
+        ("tool_choice", "none"), ("store", False), ("service_tier", "auto"),
         ("parallel_tool_calls", True),
         ("modalities", ["text"]), ("functions", []), ("function_call", "none"), ("verbosity", "medium"),
     ],
@@ -55,11 +48,10 @@ def test_a_parameter_at_its_no_op_value_is_accepted_and_not_called_ignored(name,
 @pytest.mark.parametrize(
     ("name", "value"),
     [
-        ("n", 2), ("n", True), ("n", "1"), ("n", [1]), ("presence_penalty", 0.5), ("frequency_penalty", -1),
-        ("logprobs", True), ("logprobs", 0), ("top_logprobs", 5),
+        ("service_tier", True), ("service_tier", ["auto"]),
         ("response_format", {"type": "json_object"}),
         ("response_format", {"type": "json_schema", "json_schema": {}}), ("tools", [{"type": "function"}]),
-        ("tool_choice", "required"), ("tool_choice", {"type": "function"}), ("logit_bias", {"5": 100}),
+        ("tool_choice", "required"), ("tool_choice", {"type": "function"}),
         ("store", True), ("service_tier", "flex"), ("modalities", ["text", "audio"]), ("audio", {}),
         ("prediction", {"type": "content"}), ("reasoning_effort", "high"), ("web_search_options", {}),
         ("functions", [{}]), ("function_call", {"name": "f"}), ("moderation", {}), ("verbosity", "low"),
@@ -83,7 +75,7 @@ def test_unknown_parameters_are_named_once_and_in_a_form_that_fits_a_header():
         json.dumps(
             {
                 **ASK,
-                "top_k": 5,
+                "top_a": 5,
                 "naïve\r\nset-cookie: a=b": 1,
                 "metadata": {"a": "b"},
                 "stream": True,
@@ -96,7 +88,7 @@ def test_unknown_parameters_are_named_once_and_in_a_form_that_fits_a_header():
         ).encode()
     )
     assert params.ignored(request) == {
-        "x-snugfit-ignored": "top_k, na%C3%AFve%0D%0Aset-cookie%3A%20a%3Db, metadata, stream_options.every, "
+        "x-snugfit-ignored": "top_a, na%C3%AFve%0D%0Aset-cookie%3A%20a%3Db, metadata, stream_options.every, "
         "messages.*.name, messages.*.content.*.cache"
     }
 
@@ -152,6 +144,34 @@ def test_the_header_of_ignored_names_stays_short():
             "stream_options.include_obfuscation",
         ),
         ({"user": 5}, "invalid_type", "user"),
+        ({"n": 0}, "invalid_value", "n"),
+        ({"n": 17}, "invalid_value", "n"),
+        ({"n": True}, "invalid_type", "n"),
+        ({"n": "1"}, "invalid_type", "n"),
+        ({"presence_penalty": 2.1}, "invalid_value", "presence_penalty"),
+        ({"frequency_penalty": -2.1}, "invalid_value", "frequency_penalty"),
+        ({"logit_bias": [5]}, "invalid_type", "logit_bias"),
+        ({"logit_bias": {"5": 100.5}}, "invalid_value", "logit_bias.5"),
+        ({"logit_bias": {"5": "1"}}, "invalid_type", "logit_bias.5"),
+        ({"logprobs": 1}, "invalid_type", "logprobs"),
+        ({"logprobs": True, "top_logprobs": 21}, "invalid_value", "top_logprobs"),
+        ({"logprobs": True, "top_logprobs": -1}, "invalid_value", "top_logprobs"),
+        ({"top_logprobs": 5}, "invalid_value", "top_logprobs"),
+        ({"logprobs": False, "top_logprobs": 5}, "invalid_value", "top_logprobs"),
+        ({"top_k": -2}, "invalid_value", "top_k"),
+        ({"top_k": 2**63}, "invalid_value", "top_k"),
+        ({"top_k": 0.5}, "invalid_type", "top_k"),
+        ({"min_p": 1.1}, "invalid_value", "min_p"),
+        ({"repetition_penalty": 0}, "invalid_value", "repetition_penalty"),
+        ({"repetition_penalty": 1e-39}, "invalid_value", "repetition_penalty"),
+        ({"repetition_penalty": 101}, "invalid_value", "repetition_penalty"),
+        ({"min_tokens": -1}, "invalid_value", "min_tokens"),
+        ({"min_tokens": 5, "max_tokens": 4}, "invalid_value", "min_tokens"),
+        ({"min_tokens": 5, "max_tokens": 6, "max_completion_tokens": 4}, "invalid_value", "min_tokens"),
+        ({"ignore_eos": 1}, "invalid_type", "ignore_eos"),
+        ({"stop_token_ids": 5}, "invalid_type", "stop_token_ids"),
+        ({"stop_token_ids": [5, "6"]}, "invalid_type", "stop_token_ids.1"),
+        ({"stop_token_ids": [-1]}, "invalid_value", "stop_token_ids.0"),
         ({"model": None}, "missing_required_parameter", "model"),
     ],
 )
@@ -159,6 +179,27 @@ def test_what_is_wrong_is_refused_with_its_path(more, code, param):
     told = refusal(**more)
     assert (told.code, told.param) == (code, param)
     assert param is None or param in told.message
+
+
+def test_a_limit_is_told_with_what_to_do():
+    told = refusal(n=17).message
+    assert told == "n: input should be less than or equal to 16; for more answers, send several requests"
+    assert "0 or -1 turns it off" in refusal(top_k=-2).message
+    assert "raise max_completion_tokens" in refusal(min_tokens=9, max_tokens=8).message
+
+
+def test_lists_of_token_ids_have_a_limit_that_is_told():
+    assert len(parse(logit_bias={str(id_): 1 for id_ in range(1024)}).logit_bias) == 1024
+    assert len(parse(stop_token_ids=[5] * 1024).stop_token_ids) == 1024
+    for more in ({"logit_bias": {str(id_): 1 for id_ in range(1025)}}, {"stop_token_ids": [5] * 1025}):
+        told = refusal(**more)
+        assert (told.code, told.param) == ("invalid_value", *more)
+        assert "at most 1024" in told.message
+
+
+@pytest.mark.parametrize(("limit"), [0.01, 100])
+def test_the_limits_of_the_repetition_penalty_are_allowed(limit):
+    assert parse(repetition_penalty=limit).repetition_penalty == limit
 
 
 @pytest.mark.parametrize("raw", [b"", b"{", b"\xff\xfe", b'{"temperature": NaN}', b"hello"])
@@ -173,41 +214,3 @@ def test_a_body_that_is_not_an_object_is_refused(raw):
 
 def test_the_prompt_is_not_repeated_in_an_error():
     assert "secret" not in refusal(messages=[{"role": "user", "content": {"a": "secret"}}]).message
-
-
-def test_the_requests_values_win_over_the_models():
-    defaults = GenerationDefaults(0.7, 0.8, 20, 1.05, frozenset({3}))
-    ours = sampled(defaults)
-    assert (ours.temperature, ours.top_p, ours.top_k, ours.repetition_penalty) == (0.7, 0.8, 20, 1.05)
-    assert ours.stop_token_ids == {3}
-    theirs = sampled(defaults, temperature=0, top_p=0.5, seed=-(2**63), stop="END")
-    assert (theirs.temperature, theirs.top_p, theirs.seed, theirs.stop) == (0, 0.5, -(2**63), ("END",))
-
-
-def test_a_nucleus_of_nothing_is_greedy():
-    assert sampled(temperature=1e-50).temperature == 0, "no division by what is 0 in float32"
-    assert sampled(temperature=1e-5).temperature == 1e-5
-    assert (sampled(top_p=0).temperature, sampled(top_p=0).top_p) == (0.0, 1.0)
-
-
-@pytest.mark.parametrize(
-    ("more", "tokens"),
-    [
-        ({}, 90),
-        ({"max_tokens": 20}, 20),
-        ({"max_tokens": 20, "max_completion_tokens": 30}, 30),
-        ({"max_tokens": 1000}, 90),
-    ],
-)
-def test_max_tokens_is_what_is_asked_within_what_is_left_of_the_context(more, tokens):
-    assert sampled(**more).max_tokens == tokens
-
-
-def test_a_prompt_that_leaves_no_room_is_refused_with_both_numbers():
-    assert sampled(prompt_tokens=99).max_tokens == 1
-    with pytest.raises(RequestTooLong) as refused:
-        sampled(prompt_tokens=100)
-    told = answer(refused.value)
-    assert (told.status, told.code, told.param) == (400, "context_length_exceeded", "messages")
-    assert "maximum context length is 100 tokens" in told.message
-    assert "100 tokens, which" in told.message

@@ -1,12 +1,15 @@
-"""Tiny random models of several families, a byte-level tokenizer, and engines over both."""
+"""Tiny random models of several families, a byte-level tokenizer, runners without a KV cache, and engines."""
 
 from __future__ import annotations
 
 import asyncio
+import threading
 import time
 from contextlib import contextmanager
 
 import pytest
+
+from loader.kv_layout import KvGroup, KvLayout
 
 VOCAB = 300
 DEADLINE_S = 20
@@ -70,6 +73,86 @@ def tokenizer():
     )  # fmt: skip
     backend.train_from_iterator(["the model answers, and the answer is 你好 😀"] * 20, trainer)
     return PreTrainedTokenizerFast(tokenizer_object=backend, eos_token="<end>", pad_token="<pad>")
+
+
+BLOCK = 4  # tokens
+
+
+class ScriptedRunner:
+    """Likes token 40 + (tokens so far) best, so that answers show what was computed. Steps only while `gate`
+    is open; `fail(rows)` may raise. `steps` keeps (start, new ids) of each row of each step."""
+
+    vocab = VOCAB
+    prefix_reuse = one_state = False
+
+    def __init__(self, concurrency=2, context=64, chunk_tokens=8, blocks=None, gate_open=True, fail=None):
+        self.concurrency, self.context, self.chunk_tokens = concurrency, context, chunk_tokens
+        blocks = blocks or concurrency * -(-context // BLOCK)
+        self.layout = KvLayout(BLOCK, (KvGroup(None, (0,), blocks),))
+        self.gate, self.fail = threading.Event(), fail or (lambda rows: None)
+        self.steps, self.recovered, self.closed = [], 0, False
+        if gate_open:
+            self.gate.set()
+
+    def step(self, rows):
+        self.steps.append([(row.start, len(row.ids)) for row in rows])
+        assert self.gate.wait(DEADLINE_S)
+        assert len(rows) <= self.concurrency
+        assert sum(len(row.ids) for row in rows) <= self.chunk_tokens
+        self.fail(rows)
+        return self.logits([row for row in rows if row.sample])
+
+    def logits(self, rows):
+        import torch
+
+        likes = [40 + (row.start + len(row.ids)) % 200 for row in rows]
+        return torch.eye(VOCAB)[likes]
+
+    def recover(self):
+        self.recovered += 1
+
+    def close(self):
+        self.closed = True
+
+
+class RereadingRunner(ScriptedRunner):
+    """Its pool holds token ids: each step reads its sequences back through their block tables, and what it
+    likes, `checksum(ids)`, depends on all of them. An oracle for what the engine and the scheduler put into
+    the tables."""
+
+    prefix_reuse = True
+
+    def __init__(self, **options):
+        super().__init__(**options)
+        self._ids = [[None] * BLOCK for _ in range(self.layout.groups[0].blocks)]
+
+    @staticmethod
+    def checksum(ids):
+        return 2 + sum(at * token_id for at, token_id in enumerate(ids, start=1)) % (VOCAB - 2)
+
+    def logits(self, rows):
+        import torch
+
+        return torch.eye(VOCAB)[[self.checksum(self._read_back(row)) for row in rows]]
+
+    def step(self, rows):
+        for row in rows:
+            for at, token_id in enumerate(row.ids, start=row.start):
+                self._ids[row.tables[0][at // BLOCK]][at % BLOCK] = token_id
+        return super().step(rows)
+
+    def _read_back(self, row):
+        return [self._ids[row.tables[0][at // BLOCK]][at % BLOCK] for at in range(row.start + len(row.ids))]
+
+
+@pytest.fixture
+def scripted_runner():
+    return ScriptedRunner
+
+
+@pytest.fixture
+def rereading_runner():
+    return RereadingRunner
 
 
 def until(condition, what="it"):

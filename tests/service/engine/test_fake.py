@@ -6,7 +6,15 @@ from contextlib import aclosing
 import pytest
 
 from service.engine.fake import FakeEngine
-from service.engine.types import EngineDead, QueueFull, Request, RequestTooLong, SamplingParams, StepFailed
+from service.engine.types import (
+    EngineDead,
+    Logprobs,
+    QueueFull,
+    Request,
+    RequestTooLong,
+    SamplingParams,
+    StepFailed,
+)
 
 
 def request(name="r", prompt_ids=(1, 2, 3), max_tokens=100, **params):
@@ -105,3 +113,44 @@ def test_closing_twice_is_closing(within):
     engine.close()
     engine.close()
     assert not engine.stats().alive
+
+
+def test_it_gives_the_logprobs_that_were_asked_for(within):
+    scripted = [Logprobs(-1.0, ((0, -1.0), (5, -2.0))), Logprobs(-3.0)]
+    engine = FakeEngine("abc", logprobs=scripted)
+    plain = within(collect(engine, request()))
+    asked = within(collect(engine, request(logprobs=1)))
+    assert {event.logprobs for event in plain} == {None}
+    assert [event.logprobs for event in asked] == [Logprobs(-1.0, ((0, -1.0),)), *[Logprobs(-3.0)] * 2]
+
+
+def test_it_says_how_much_of_the_prompt_was_there_and_never_all_of_it(within):
+    engine = FakeEngine("ab", cached_tokens=4)
+    assert {event.cached_tokens for event in within(collect(engine, request(prompt_ids=range(6))))} == {4}
+    assert {event.cached_tokens for event in within(collect(engine, request(prompt_ids=range(3))))} == {2}
+
+
+def test_a_burst_comes_without_waiting_between(within):
+    async def turns_of_the_loop(engine):
+        turns = 0
+
+        async def count():
+            nonlocal turns
+            while True:
+                turns += 1
+                await asyncio.sleep(0)
+
+        counting = asyncio.create_task(count())
+        seen = []
+        async for _ in engine.generate(request()):
+            seen.append(turns)
+        counting.cancel()
+        return seen
+
+    one, two, three, four, five = within(turns_of_the_loop(FakeEngine("abcde", burst=2)))
+    assert one == two < three == four < five
+
+
+def test_until_min_tokens_stop_strings_are_text(within):
+    events = within(collect(FakeEngine("a#b#c"), request(stop=("#",), min_tokens=2)))
+    assert (text_of(events), events[-1].finish_reason) == ("a#b", "stop")

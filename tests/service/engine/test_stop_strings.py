@@ -62,3 +62,27 @@ def test_the_text_is_cut_where_the_first_complete_match_begins(stops, text):
             assert run(stops, [text]) == (text[: end - max(map(len, matching))], True)
             return
     assert run(stops, [text]) == (text, False)
+
+
+def test_what_may_not_end_passes_and_only_a_later_match_is_found():
+    one = StopStrings(("ab",))
+    assert [one.push("xab", may_end=False), one.push("yab"), one.found] == ["xab", "y", True]
+
+
+def test_text_that_may_not_end_can_begin_a_match():
+    one = StopStrings(("ab",))
+    assert [one.push("xa", may_end=False), one.push("b"), one.found] == ["x", "", True]
+
+
+@given(stops_of, st.text("abc"), st.text("abc"))
+def test_the_end_is_the_first_match_that_is_complete_after_what_may_not_end(stops, before, after):
+    one = StopStrings(stops)
+    shown = one.push(before, may_end=False) + one.push(after) + one.flush()
+    text = before + after
+    ends = [end for end in range(len(before) + 1, len(text) + 1) if text[:end].endswith(stops)]
+    if not stops or not ends:
+        assert (shown, one.found) == (text, False)
+    else:
+        longest = max(len(stop) for stop in stops if text[: ends[0]].endswith(stop))
+        assert one.found
+        assert shown == text[: ends[0] - longest]
