@@ -56,6 +56,10 @@ class Server:
         self.client.close()
         self._stop()
 
+    @property
+    def pid(self) -> int:
+        return self._process.pid
+
     def chat(self, prompt: str, max_tokens: int) -> dict[str, Any]:
         """One greedy answer, as the response's JSON."""
         response = self.client.post("/v1/chat/completions", json=self.body(prompt, max_tokens))
