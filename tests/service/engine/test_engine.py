@@ -638,15 +638,21 @@ def test_who_finds_no_memory_for_the_smallest_step_fails_and_the_next_may_succee
         assert ids_of(within(collect(engine, request()))) == scripted_ids(3, 8)
 
 
-async def everyone_at_once(engine, count=6):
-    return await collect_all(engine, [request(prompt(3 + (i == 1))) for i in range(count)])
+async def everyone_at_once(engine, runner, count=6):
+    """All are in the inbox before the first step ends, so that nobody is answered before it fails."""
+    runner.gate.clear()
+    task = asyncio.ensure_future(collect_all(engine, [request(prompt(3 + (i == 1))) for i in range(count)]))
+    while engine.stats().waiting + engine.stats().running < count:
+        await asyncio.sleep(0.001)
+    runner.gate.set()
+    return await task
 
 
 @pytest.mark.parametrize("error", [SystemExit(1), KeyboardInterrupt(), GeneratorExit()])
 def test_a_thread_that_dies_answers_everyone(scripted_runner, engine_over, within, error):
     runner = scripted_runner(fail=fail_on(4, error))
     with engine_over(runner) as engine:
-        answers = within(everyone_at_once(engine))
+        answers = within(everyone_at_once(engine, runner))
         assert {type(answer) for answer in answers} == {EngineDead}
         assert len({id(answer) for answer in answers}) == 6, "tracebacks would pile up on one"
         stats = engine.stats()
@@ -665,7 +671,7 @@ def test_a_lost_device_ends_the_engine(scripted_runner, engine_over, within):
 
     runner.recover = lost
     with engine_over(runner) as engine:
-        answers = within(everyone_at_once(engine))
+        answers = within(everyone_at_once(engine, runner))
         assert {type(answer) for answer in answers} == {EngineDead}
         assert "answers nothing" in str(answers[0])
         assert not engine.stats().alive
