@@ -20,7 +20,7 @@ from typing import Any
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from benchmarks.limits import elsewhere
+from benchmarks.server import elsewhere
 from loader import checkpoint, probe
 from loader.budget import MemoryBudget
 from loader.load import load
