@@ -14,7 +14,7 @@ from loader.activations import FLOAT32, INT64, MASK_ALIGNMENT, Forward
 from loader.families import SLIDING
 
 INT32 = 4
-# Queries for which that attention makes a mask at once.
+# Queries for which that attention makes a mask or scores at once, so that these stay small for a long chunk.
 QUERIES_AT_ONCE = 256
 
 

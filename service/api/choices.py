@@ -16,9 +16,9 @@ async def together(answers: Sequence[Events]) -> AsyncGenerator[Came, None]:
     """Everything that has come since the last time, never nothing; ends when all answers have.
 
     The first answer begins alone. Once its first token is there, its prompt is in the engine's pool, and the
-    others find its whole blocks there. Whether the queue takes them shows before
-    anything is given out. An error of one ends all, as does closing, and the engine has let go of all of them
-    when this returns. An answer without a finish_reason is an error: one cut short must not look whole.
+    others find its whole blocks there. Whether the queue takes them shows before anything is given out. An
+    error of one ends all, as does closing, and the engine has let go of all of them when this returns. An
+    answer without a finish_reason is an error: one cut short must not look whole.
     """
     inbox = _Inbox()
     try:

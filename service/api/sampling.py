@@ -24,8 +24,7 @@ def sampling(
     """The request's own values over the model's. `max_tokens` is cut to what is left of the context.
 
     `vocabulary` is how many token ids there are. Raises RequestTooLong when the prompt leaves no room for an
-    answer, ApiError (400) for a token id that does not exist, or when min_tokens
-    leaves no token to choose.
+    answer, ApiError (400) for a token id that does not exist, or when min_tokens leaves no token to choose.
     """
     left = context - prompt_tokens
     if left < 1:

@@ -18,7 +18,7 @@ from service.api.connection import while_connected
 from service.api.errors import ClientGone, answer
 
 DATA, END = b"data: ", b"\n\n"  # of one event
-DONE = b"data: [DONE]\n\n"
+DONE = DATA + b"[DONE]" + END
 KEEP_ALIVE = b": keep-alive\n\n"
 HEADERS = {
     "content-type": "text/event-stream; charset=utf-8",
@@ -29,7 +29,7 @@ HEADERS = {
 
 def frame(data: bytes) -> bytes:
     """One event. `data` is JSON, which has no line breaks of its own."""
-    return b"data: " + data + b"\n\n"
+    return DATA + data + END
 
 
 class EventStream(Response):

@@ -10,12 +10,11 @@ import torch
 from torch.nn.attention import varlen
 from torch.nn.functional import scaled_dot_product_attention
 
+from loader.packed import QUERIES_AT_ONCE
 from service.engine.attention import Backend
 from service.engine.batch import Batch, Span
 from service.engine.pool import LayerShape, LayerStore, Shapes
 
-# Queries for which a mask or scores are made at once, so that these stay small for a long chunk.
-QUERIES_AT_ONCE = 256
 FLASH_BLOCK_TOKENS = 256  # FlashAttention-2 takes pages of multiples of this
 FLASH_HEAD_DIM = 256
 

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from loader.footprint import SAMPLED_AT_ONCE
 from service.engine.choosing import (
     FREE,
     GREEDY,
@@ -26,7 +27,6 @@ from service.engine.penalties import Bias, Seen
 from service.engine.ranking import SEGMENTS, argmax
 from service.engine.types import Logprobs, SamplingParams
 
-ROWS_AT_ONCE = 8  # that exist as float32; loader.footprint counts 6 float32 rows of the vocabulary for each
 # What top_k, top_p and min_p leave nearly always lies within so many of the likeliest tokens; then no more
 # than these are sorted. Beside it how many scores share one maximum in the search for them. The first is for
 # rows that are known to need FEW only.
@@ -125,8 +125,8 @@ class Sampler:
     """Batched choices; a row's choice does not depend on its neighbours.
 
     On a CPU float32 rows are worked on one after the other: each fits the processor's cache, and sums do not
-    depend on how many rows there are. On other devices at most ROWS_AT_ONCE exist together. No row needs more
-    than 6 rows of vocab x 4 bytes.
+    depend on how many rows there are. On other devices at most SAMPLED_AT_ONCE exist together. No row needs
+    more than 6 rows of vocab x 4 bytes.
     """
 
     @torch.inference_mode()
@@ -167,7 +167,7 @@ def features(rows: int, prompt_ids: Iterable[int]) -> list[SamplingState]:
 
 
 def _rows_at_once(logits: Tensor) -> int:
-    return 1 if logits.device.type == "cpu" else ROWS_AT_ONCE
+    return 1 if logits.device.type == "cpu" else SAMPLED_AT_ONCE
 
 
 def _lists(logits: Tensor, states: Sequence[SamplingState]) -> list[tuple[int, int]]:

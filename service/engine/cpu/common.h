@@ -21,14 +21,6 @@ static inline float to_float(bf16 x) {
     return value;
 }
 
-// To nearest, ties to even, as torch and the processors round. NaN stays NaN.
-static inline bf16 to_bf16(float x) {
-    uint32_t bits;
-    memcpy(&bits, &x, 4);
-    if ((bits & 0x7fffffff) > 0x7f800000) return bf16((bits >> 16) | 0x40);
-    return bf16((bits + 0x7fff + ((bits >> 16) & 1)) >> 16);
-}
-
 #if defined(__x86_64__)
 #include <immintrin.h>
 #define TARGET_AVX2 __attribute__((target("avx2,fma,f16c")))

@@ -14,14 +14,22 @@ from service.engine.batch import Batch
 from service.engine.cpu import library
 from service.engine.cpu.attention import NativeAttention
 from service.engine.cpu.library import Kernels
-from service.engine.cpu.modules import Matrix, is_hooked, is_ours, ours, packable
+from service.engine.cpu.modules import (
+    GATED_MLP,
+    SILU,
+    Matrix,
+    activation_of,
+    is_hooked,
+    is_ours,
+    ours,
+    packable,
+)
 from service.engine.cpu.scratch import Scratch
 
 # Classes whose forward was what `layer` of ops.h computes when this was written. Whether it still is, a check
 # after packing finds out (service.engine.proof).
 KINDS = frozenset({"LlamaDecoderLayer", "MistralDecoderLayer", "Qwen2DecoderLayer", "Qwen3DecoderLayer"})
 _ATTENTION = ("q_proj", "k_proj", "v_proj", "o_proj")
-_MLP = ("gate_proj", "up_proj", "down_proj")
 Tables = tuple[torch.Tensor, torch.Tensor]  # cos and sin of the step's positions, [1, tokens, head_dim]
 
 
@@ -30,9 +38,12 @@ def fusible(layer: Any) -> bool:
     if type(layer).__name__ not in KINDS or any(map(is_hooked, layer.modules())):
         return False
     linears = [getattr(layer.self_attn, name) for name in _ATTENTION]
-    linears += [getattr(layer.mlp, name) for name in _MLP]
-    silu = type(layer.mlp.act_fn).__name__ in ("SiLU", "SiLUActivation")
-    return silu and all(map(packable, linears)) and all(map(is_ours, layer.parameters()))
+    linears += [getattr(layer.mlp, name) for name in GATED_MLP]
+    return (
+        activation_of(layer.mlp) == SILU
+        and all(map(packable, linears))
+        and all(map(is_ours, layer.parameters()))
+    )
 
 
 class PackedDecoderLayer(nn.Module):
@@ -47,7 +58,7 @@ class PackedDecoderLayer(nn.Module):
         own, mlp = layer.self_attn, layer.mlp
         self._matrices = {
             name.removesuffix("_proj"): Matrix(kernels, getattr(part, name))
-            for part, names in ((own, _ATTENTION), (mlp, _MLP))
+            for part, names in ((own, _ATTENTION), (mlp, GATED_MLP))
             for name in names
         }
         norms = {

@@ -15,19 +15,19 @@ from service.engine.cpu.attention import NativeAttention
 from service.engine.cpu.decoder import PackedDecoderLayer, PackedStack, fusible
 from service.engine.cpu.library import Kernels
 from service.engine.cpu.modules import (
+    GATED_MLP,
     Matrix,
     PackedEmbedding,
     PackedLinear,
     PackedMlp,
     PackedRmsNorm,
+    activation_of,
     is_hooked,
     is_ours,
     packable,
 )
 from service.engine.cpu.scratch import Scratch
 
-# enum Activation of linear.h, by the classes that transformers' ACT2FN gives.
-_ACTIVATIONS = {"SiLU": 0, "SiLUActivation": 0, "GELUTanh": 1, "PytorchGELUTanh": 1, "GELUActivation": 2}
 # The lines by which a class is known, whatever family it is from.
 _MLP_LINE = "self.down_proj(self.act_fn(self.gate_proj(x)) * self.up_proj(x))"
 _SCALE_LINE = "return super().forward(input_ids) * self.embed_scale.to(self.weight.dtype)"
@@ -82,9 +82,10 @@ def _packed(module: Any, kernels: Kernels, scratch: Scratch) -> nn.Module | None
         if attention is not None and isinstance(attention.backend, NativeAttention):
             return PackedDecoderLayer(kernels, module, attention, scratch)
     if _is_gated_mlp(module):
-        parts = (Matrix(kernels, getattr(module, x)) for x in ("gate_proj", "up_proj", "down_proj"))
-        gate, up, down = parts
-        return PackedMlp(kernels, gate, up, down, _ACTIVATIONS[type(module.act_fn).__name__], scratch)
+        activation = activation_of(module)
+        assert activation is not None  # as _is_gated_mlp has seen
+        gate, up, down = (Matrix(kernels, getattr(module, name)) for name in GATED_MLP)
+        return PackedMlp(kernels, gate, up, down, activation, scratch)
     if packable(module):
         assert isinstance(module, nn.Linear)
         return PackedLinear(kernels, Matrix(kernels, module), scratch)
@@ -107,10 +108,10 @@ def _pack_head(model: Any, kernels: Kernels, scratch: Scratch) -> None:
 
 
 def _is_gated_mlp(module: Any) -> bool:
-    names = ("gate_proj", "up_proj", "down_proj")
-    return not is_hooked(module) and (
-        all(packable(getattr(module, name, None)) for name in names)
-        and type(getattr(module, "act_fn", None)).__name__ in _ACTIVATIONS
+    return (
+        not is_hooked(module)
+        and all(packable(getattr(module, name, None)) for name in GATED_MLP)
+        and activation_of(module) is not None
         and _MLP_LINE in _source(module)
     )
 

@@ -15,10 +15,10 @@ from transformers import (
     TopPLogitsWarper,
 )
 
+from loader.footprint import SAMPLED_AT_ONCE
 from service.engine import sampler as module
 from service.engine.ranking import likeliest
 from service.engine.sampler import (
-    ROWS_AT_ONCE,
     SHORT_LISTS,
     BadLogits,
     Choice,
@@ -283,7 +283,7 @@ def random_params(rng):
 
 @pytest.mark.parametrize("threads", [1, 2])
 @pytest.mark.parametrize("vocab", [1000, 50_257])
-@pytest.mark.parametrize("at_once", [None, 1, 3, ROWS_AT_ONCE], ids=lambda n: f"{n} at once")
+@pytest.mark.parametrize("at_once", [None, 1, 3, SAMPLED_AT_ONCE], ids=lambda n: f"{n} at once")
 def test_a_choice_is_the_same_to_the_bit_alone_and_among_others(vocab, threads, at_once, monkeypatch):
     """`at_once` rows together are what other devices do; the CPU's own way is None."""
     if at_once is not None:
@@ -500,7 +500,7 @@ def test_one_choice_needs_no_more_than_six_rows(params, penalties, spread):
 
 
 @pytest.mark.parametrize(("rows", "vocab"), [(64, 1000), (10, 32_000)])
-@pytest.mark.parametrize("at_once", [1, ROWS_AT_ONCE])
+@pytest.mark.parametrize("at_once", [1, SAMPLED_AT_ONCE])
 @pytest.mark.parametrize("params", COSTLY)
 def test_many_choices_need_no_more_than_six_rows_for_each_of_eight(params, rows, at_once, vocab, monkeypatch):
     monkeypatch.setattr(module, "_rows_at_once", lambda logits: at_once)
