@@ -82,6 +82,7 @@ class Scheduler:
         self._holdings: dict[Sequence, Holding] = {}  # of all
         self._last = 0  # tokens of the last step
         self._successes = 0  # since the budget last changed
+        self._second_try = False  # the next step is that of one token that has failed before
         self._turn = 0  # where to begin among those who decode, when a step is too small for all
 
     @property
@@ -151,6 +152,7 @@ class Scheduler:
             if holding is not None:  # it may have been removed meanwhile
                 sequence.computed = scheduled.row.start + len(scheduled.row.ids)
                 self.pool.wrote(holding, sequence.tokens, sequence.computed)
+        self._second_try = False
         self._successes += 1
         if self._successes >= _PATIENCE:
             self._budget = min(self._chunk_tokens, self._budget * 2)
@@ -174,13 +176,15 @@ class Scheduler:
                 scheduled.sequence.computed = 0
 
     def shrink(self) -> bool:
-        """Halve the tokens of a step, the last one having been too large; False: it had only one.
+        """Halve the tokens of a step, the last one having been too large. False: there is nothing less to try.
 
-        After some successful steps they double, up to what they were.
+        A step of one token gets a second try, because the first one's memory has been given back meanwhile.
+        After some successful steps the tokens double, up to what they were.
         """
         size = min(self._budget, self._last)
         if size <= 1:
-            return False
+            self._second_try = size == 1 and not self._second_try
+            return self._second_try
         self._budget = size // 2
         self._successes = 0
         return True

@@ -353,7 +353,7 @@ def test_a_smaller_step_after_out_of_memory_and_larger_ones_again_after_a_while(
     assert a.computed == sum(sizes)
 
 
-def test_shrinking_begins_with_what_the_last_step_had_and_ends_with_one_token():
+def test_shrinking_begins_with_what_the_last_step_had_and_ends_when_one_token_fails_twice():
     engine = scheduler(chunk=1000)
     added(engine, a=8)
     sizes = []
@@ -361,8 +361,10 @@ def test_shrinking_begins_with_what_the_last_step_had_and_ends_with_one_token():
         sizes.append(sum(shares(engine.schedule()).values()))
         if not engine.shrink():
             break
-    assert sizes == [8, 4, 2, 1]
-    assert shares(engine.schedule()) == {"a": 1}
+    assert sizes == [8, 4, 2, 1, 1]
+    assert shares(go(engine)) == {"a": 1}
+    engine.schedule()
+    assert engine.shrink(), "after a success, a step of one token gets a second try again"
 
 
 def test_nothing_is_left_to_shrink_before_the_first_step():
