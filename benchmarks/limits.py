@@ -14,6 +14,7 @@ from loader.footprint import measure
 
 READ_BYTES = 1 << 30
 GEMM_SIZES = {"cpu": 2048, "cuda": 8192}  # a GPU is not busy with less
+TRIAL_SIZE = 512  # enough to tell on a CPU which dtype is the faster
 REPEATS = 5
 
 
@@ -22,33 +23,41 @@ class Limits:
     """What this machine can do at best, now."""
 
     read_bytes_per_second: float
-    operations_per_second: float  # bf16 matrix multiplication
+    operations_per_second: float  # of matrix multiplication
+    dtype: str  # in which it is faster: a CPU without bf16 products multiplies in float32
     device: str  # its name, or how many threads the CPU has for us
 
     def row(self) -> dict[str, Any]:
         return {
             "read_gb_per_second": round(self.read_bytes_per_second / 1e9, 1),
-            "bf16_gflop_per_second": round(self.operations_per_second / 1e9),
+            "gflop_per_second": round(self.operations_per_second / 1e9),
+            "gemm_dtype": self.dtype,
             "device": self.device,
         }
 
     def __str__(self) -> str:
         return (
             f"{self.device}: reads {self.read_bytes_per_second / 1e9:.1f} GB/s, "
-            f"multiplies {self.operations_per_second / 1e9:.0f} GFLOP/s in bf16"
+            f"multiplies {self.operations_per_second / 1e9:.0f} GFLOP/s in {self.dtype}"
         )
 
 
 def limits(device: str) -> Limits:
-    """The best of a few runs each: a sum over 1 GiB, and a square bf16 product of random numbers."""
-    size = GEMM_SIZES[torch.device(device).type]
+    """The best of a few runs each: a sum over 1 GiB, and a square product of random numbers."""
     block = torch.ones(READ_BYTES // 4, dtype=torch.float32, device=device)
-    left = torch.randn(size, size, dtype=torch.bfloat16, device=device)
     read = READ_BYTES / min(_seconds(block.sum, device) for _ in range(REPEATS))
-    operations = 2 * size**3 / min(_seconds(lambda: left @ left, device) for _ in range(REPEATS))
     on_cpu = device == "cpu"
+    dtypes = (torch.bfloat16, torch.float32) if on_cpu else (torch.bfloat16,)
+    dtype = max(dtypes, key=lambda each: _products(TRIAL_SIZE, each, device))
+    operations = _products(GEMM_SIZES[torch.device(device).type], dtype, device)
     name = f"{torch.get_num_threads()} threads" if on_cpu else torch.cuda.get_device_name(device)
-    return Limits(read, operations, name)
+    return Limits(read, operations, str(dtype).removeprefix("torch."), name)
+
+
+def _products(size: int, dtype: torch.dtype, device: str) -> float:
+    """Operations a second."""
+    left = torch.randn(size, size, dtype=dtype, device=device)
+    return 2 * size**3 / min(_seconds(lambda: left @ left, device) for _ in range(REPEATS))
 
 
 def _seconds(work: Any, device: str) -> float:

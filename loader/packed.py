@@ -3,7 +3,8 @@
 The step is the batching runner's: new tokens of several sequences packed into [1, tokens], no attention
 masks, no cache in the model. Keys and values go into the pool, and attention reads them from there. The worst
 attention is the one in plain torch, sequence by sequence; kernels that read blocks where they lie need less.
-So this is an upper bound, where `Forward` is a close estimate.
+On the CPU there may be kernels for the rest, which keep what they work in. So this is an upper bound, where
+`Forward` is a close estimate.
 """
 
 from __future__ import annotations
@@ -14,6 +15,8 @@ from loader.activations import FLOAT32, INT64, MASK_ALIGNMENT, Forward
 from loader.families import SLIDING
 
 INT32 = 4
+BFLOAT16 = 2
+GATED = 3  # `Family.mlp_tensors` of gate, up and down, each a matrix of its own
 # Queries for which that attention makes a mask or scores at once, so that these stay small for a long chunk.
 QUERIES_AT_ONCE = 256
 
@@ -41,7 +44,7 @@ class PackedForward(Forward):
 
     def _scores(self, kind: str) -> int:
         """All projections stay, because the model keeps no cache that could take keys and values over."""
-        return self._projections + (0 if self.paged else self._alone(kind))
+        return self._projections + (0 if self.paged else self._alone(kind) + self._scratch)
 
     def _output(self) -> int:
         return self._projections + self._wide(self.shape.hidden)
@@ -85,6 +88,24 @@ class PackedForward(Forward):
         return min(self.total, window - 1 + new) if window else self.total
 
     def _dense_mlp(self) -> int:
-        """As in `Forward`, but no layer holds its attention's weights; a fused gate and up is a view."""
-        tensors = self._family.mlp_tensors if self.gpu else max(self._family.mlp_tensors, 4)
-        return self._wide(3 * self.shape.hidden + tensors * self.shape.intermediate)
+        """As in `Forward`, but no layer holds its attention's weights; a fused gate and up is a view.
+
+        On the CPU one that is gate, up and down is one call, whose scratch is less than torch's tensors.
+        """
+        tensors, in_one_call = self._family.mlp_tensors, self._family.mlp_tensors == GATED
+        if self.gpu:
+            return self._wide(3 * self.shape.hidden + tensors * self.shape.intermediate)
+        wide = self._wide(3 * self.shape.hidden + max(tensors, 4) * self.shape.intermediate)
+        return wide if in_one_call else wide + self._scratch
+
+    def _expert_mlp(self) -> int:
+        return super()._expert_mlp() + self._scratch
+
+    @property
+    def _scratch(self) -> int:
+        """What kernels on the CPU keep between calls (service/engine/cpu/scratch.py): the input of a module,
+        in float32 where the processor multiplies nothing else, and what lies between an MLP's matrices."""
+        if self.gpu or self.dtype_bytes != BFLOAT16:
+            return 0
+        inner = self.shape.intermediate if self.shape.dense_layers else 0
+        return self.tokens * (max(self.shape.hidden, self.shape.query_width) + inner) * FLOAT32

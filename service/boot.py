@@ -22,6 +22,10 @@ from service.settings import Settings
 
 log = logging.getLogger(__name__)
 
+# A tokenizer remembers the pieces of the first words that it meets: by itself of 10,000, which is up to 84 MB
+# that no plan knows of. With a tenth of that it took no longer for a text of 6,800 tokens (7 to 10 ms).
+WORDS_REMEMBERED = 1_000
+
 
 class NoTokenizer(BadCheckpoint):
     """The checkpoint's tokenizer is missing or cannot be read."""
@@ -124,9 +128,13 @@ def _tokenizer(plan: Plan) -> Any:
     from transformers import AutoTokenizer
 
     try:
-        return AutoTokenizer.from_pretrained(str(plan.spec.path), trust_remote_code=False)
+        tokenizer = AutoTokenizer.from_pretrained(str(plan.spec.path), trust_remote_code=False)
     except (OSError, ValueError, ImportError) as err:
         raise NoTokenizer(plan.spec.source, str(err).strip().splitlines()[0]) from err
+    pieces: Any = getattr(getattr(tokenizer, "backend_tokenizer", None), "model", None)
+    if hasattr(pieces, "_resize_cache"):  # BPE and Unigram; `tokenizers` has no other name for it
+        pieces._resize_cache(WORDS_REMEMBERED)
+    return tokenizer
 
 
 def _end_ids(tokenizer: Any, template: ChatTemplate) -> set[int]:

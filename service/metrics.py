@@ -56,7 +56,7 @@ COUNTERS = {
     ),
     "snugfit_engine_steps": ("Forwards of the model.", "steps"),
     "snugfit_out_of_memory_retries": (
-        "Steps that ran out of device memory and were tried again with less.", "out_of_memory",
+        "Steps that ran out of device memory and were tried again, mostly with less.", "out_of_memory",
     ),
 }
 HISTOGRAMS = {

@@ -175,15 +175,15 @@ class StepEngine:
         self._meter.place(waits, len(step.preempted), self._occupancy())
 
     def _get_over(self, step: Step, failure: Failure) -> None:
-        """Out of memory: again with less, while there is less. Otherwise the step's requests are lost. Raises
-        DeviceLost when no later step can succeed."""
+        """Out of memory: again, while there is something to try. Otherwise the step's requests are lost.
+        Raises DeviceLost when no later step can succeed."""
         if self._runner.one_state:
             self._scheduler.restart(step)
         else:
             self._scheduler.forget(step)
         self._runner.recover()
         if failure.out_of_memory and self._scheduler.shrink():
-            log.warning("a step of %d requests is tried again with less: %s", len(step.rows), failure.message)
+            log.warning("a step of %d requests is tried again: %s", len(step.rows), failure.message)
             self._meter.run_out(self._occupancy())
             return
         if failure.out_of_memory:

@@ -176,7 +176,7 @@ class Scheduler:
                 scheduled.sequence.computed = 0
 
     def shrink(self) -> bool:
-        """Halve the tokens of a step, the last one having been too large. False: there is nothing less to try.
+        """Halve the tokens of a step, the last one being too large. False: there is nothing less to try.
 
         A step of one token gets a second try, because the first one's memory has been given back meanwhile.
         After some successful steps the tokens double, up to what they were.
@@ -187,6 +187,7 @@ class Scheduler:
             return self._second_try
         self._budget = size // 2
         self._successes = 0
+        self._second_try = False
         return True
 
     def _decode(self, draft: _Draft) -> None:

@@ -149,7 +149,7 @@ class Meter:
             self._end(ended, now)
 
     def run_out(self, now: Occupancy) -> None:
-        """Count a step that the device had no memory for and that is tried again with less."""
+        """Count a step that the device had no memory for and that is tried again."""
         with self._lock:
             self._out_of_memory += 1
             self._now = now

@@ -147,7 +147,7 @@ class EngineStats:
     prefix_queries: int = 0  # prompt tokens looked up in the pool, and
     prefix_hits: int = 0  # those of them that were there
     steps: int = 0
-    out_of_memory: int = 0  # steps that were tried again with less
+    out_of_memory: int = 0  # steps that were tried again, mostly with less
     batch_size: Histogram | None = None  # rows of a step
     step_time: Histogram | None = None  # seconds, the host's work included
     time_to_first_token: Histogram | None = None

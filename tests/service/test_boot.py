@@ -1,3 +1,7 @@
+import random
+import string
+
+import psutil
 import pytest
 import torch
 
@@ -5,6 +9,7 @@ from loader.errors import OutOfMemory, OverBudget
 from service import boot
 from service.backend import Progress
 from service.boot import check_against_plan
+from service.planning import make_plan_for
 from service.settings import Settings
 
 
@@ -48,3 +53,12 @@ def test_running_out_of_memory_is_told_with_what_was_planned(plan, monkeypatch, 
 def test_a_device_that_was_not_measured_is_not_compared(plan, service_log):
     check_against_plan(plan, {"disk": 5})
     assert "planned peak" not in service_log.text
+
+
+def test_a_tokenizer_does_not_remember_every_word_that_it_met():
+    """Each takes up to 8 kB; 10,000 of them, as many as it would by itself, more than the plan's reserve."""
+    tokenizer, rng = boot._tokenizer(make_plan_for(Settings())), random.Random(0)
+    before = psutil.Process().memory_info().rss
+    for _ in range(100):
+        tokenizer.encode(" ".join("".join(rng.choices(string.ascii_lowercase, k=250)) for _ in range(100)))
+    assert psutil.Process().memory_info().rss - before < 40 << 20

@@ -31,16 +31,11 @@ void snug_rows(const bf16* packed, int64_t n, int64_t k, const int64_t* ids, int
     }
 }
 
-// Elements of scratch for m rows of input, each group of 16 whole.
-int64_t snug_linear_scratch(int64_t m, int64_t k) { return (m + 15) / 16 * 16 * k; }
-int64_t snug_gated_scratch(int64_t m, int64_t k, int64_t inner) { return (m + 15) / 16 * 16 * (k + inner); }
-
+// bf16 elements of scratch for m rows of input.
+int64_t snug_linear_scratch(int64_t m, int64_t k) { return ops().linear_scratch(m, k); }
+int64_t snug_gated_scratch(int64_t m, int64_t k, int64_t inner) { return ops().gated_scratch(m, k, inner); }
 int64_t snug_layer_scratch(int64_t m, int64_t hidden, int64_t q_width, int64_t kv_width, int64_t inner) {
-    const int64_t whole = (m + 15) / 16 * 16, widest = hidden > q_width ? hidden : q_width;
-    const int64_t attention = m * (2 * q_width + 2 * kv_width), norms = m * hidden;
-    int64_t most = whole * inner > attention ? whole * inner : attention;
-    most = most > norms ? most : norms;
-    return whole * widest + most;
+    return ops().layer_scratch(m, hidden, q_width, kv_width, inner);
 }
 
 void snug_linear(const bf16* x, int64_t stride, int64_t m, const Weight* w, bf16* out, int64_t out_stride, bf16* scratch) {

@@ -42,9 +42,12 @@ enum Activation { SILU = 0, GELU_TANH = 1, GELU = 2 };
 // What each instruction set brings.
 struct Ops {
     void (*pack)(bf16* w, int64_t n, int64_t k);
+    int64_t (*linear_scratch)(int64_t m, int64_t k);
     void (*linear)(const bf16* x, int64_t stride, int64_t m, const Weight* w, bf16* out, int64_t out_stride, bf16* scratch);
+    int64_t (*gated_scratch)(int64_t m, int64_t k, int64_t inner);
     void (*gated)(const bf16* x, int64_t stride, int64_t m, const Weight* gate, const Weight* up, const Weight* down, int activation, bf16* out, int64_t out_stride, bf16* scratch);
     void (*rms_norm)(const bf16* x, const bf16* weight, float eps, int64_t m, int64_t n, bf16* out);
+    int64_t (*layer_scratch)(int64_t m, int64_t hidden, int64_t q_width, int64_t kv_width, int64_t inner);
     void (*layer)(const Layer*, const Step*, bf16* hidden);
 };
 

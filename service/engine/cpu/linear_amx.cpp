@@ -11,6 +11,7 @@
 
 namespace amx {
 
+using Number = bf16;
 constexpr int64_t TILE = 16 * 32;  // elements
 
 // [k/32][1 or 2 tiles][16 rows][32]: tiles of one step along k side by side, so that loading them walks memory.

@@ -11,6 +11,9 @@
 
 namespace avx512_bf16 {
 
+using Number = bf16;
+static inline Number number(bf16 x) { return x; }
+
 #include "row_major.h"
 
 template <int ROWS, int VECTORS>

@@ -1,5 +1,6 @@
 // The algorithms, the same for every instruction set. Each linear_*.cpp includes this file after it has said what the
-// compiler may use, and after its `tile` and `pack_rows`; so every loop here is compiled for each of them.
+// compiler may use, and after its `tile` and `pack_rows`, and what they hold packed input in: Number. So every loop
+// here is compiled for each of them.
 //
 // A row's result never depends on the other rows: sums run along k in one order, whatever `m` is.
 
@@ -40,7 +41,7 @@ static inline bf16 narrowed(float x) {  // of a number that is finite
 }
 
 // Rows of input, packed as `tile` wants them. Rows beyond m in the last group are zero.
-static void pack_input(const bf16* x, int64_t stride, int64_t m, int64_t k, bf16* a) {
+static void pack_input(const bf16* x, int64_t stride, int64_t m, int64_t k, Number* a) {
     parallel_for((m + BLOCK - 1) / BLOCK, [=](int64_t group) {
         const int64_t first = group * BLOCK, rows = m - first < BLOCK ? m - first : BLOCK;
         pack_rows(x + first * stride, stride, rows, k, a + first * k);
@@ -49,7 +50,7 @@ static void pack_input(const bf16* x, int64_t stride, int64_t m, int64_t k, bf16
 
 // Rows of input that stay in a core's cache while all weights pass by.
 static int64_t rows_at_once(int64_t k) {
-    const int64_t rows = (1 << 20) / (2 * k) / BLOCK * BLOCK;
+    const int64_t rows = (1 << 20) / (int64_t(sizeof(Number)) * k) / BLOCK * BLOCK;
     return rows < 2 * BLOCK ? 2 * BLOCK : rows;
 }
 
@@ -60,7 +61,7 @@ static int64_t blocks_at_once(int64_t blocks) { return blocks >= 16 * n_threads 
 // use(w, row, rows, column, columns, c) for each block of each product of `a` (packed) and `count` weights of equal k;
 // c is [rows][BLOCK] in float32, bias not added.
 template <class Use>
-static void multiply(const bf16* a, int64_t m, const Weight* weights, int count, const Use& use) {
+static void multiply(const Number* a, int64_t m, const Weight* weights, int count, const Use& use) {
     const int64_t k = weights[0].k, at_once = rows_at_once(k), chunks = (m + at_once - 1) / at_once;
     int64_t blocks = 0;
     for (int i = 0; i < count; ++i) blocks += (weights[i].n + BLOCK - 1) / BLOCK;
@@ -98,7 +99,7 @@ static void pack_weight(bf16* w, int64_t n, int64_t k) {
 }
 
 // out [m][w.n] = a W^T + bias, of packed rows.
-static void product(const bf16* a, int64_t m, const Weight& w, bf16* out, int64_t out_stride) {
+static void product(const Number* a, int64_t m, const Weight& w, bf16* out, int64_t out_stride) {
     multiply(a, m, &w, 1, [&](int, int64_t row, int64_t rows, int64_t column, int64_t columns, float* c) {
         for (int64_t i = 0; i < rows; ++i) {
             add_bias(w.bias, column, columns, c + i * BLOCK);
@@ -107,10 +108,16 @@ static void product(const bf16* a, int64_t m, const Weight& w, bf16* out, int64_
     });
 }
 
-// out = x W^T + bias; scratch as snug_linear_scratch says.
+// The scratch that a call needs, in bf16 numbers, for m rows of input, each group of 16 whole.
+static int64_t packed(int64_t m, int64_t width) { return (m + 15) / 16 * 16 * width * int64_t(sizeof(Number) / sizeof(bf16)); }
+static Number* as_numbers(bf16* scratch) { return reinterpret_cast<Number*>(scratch); }
+
+static int64_t linear_scratch(int64_t m, int64_t k) { return packed(m, k); }
+
+// out = x W^T + bias.
 static void linear(const bf16* x, int64_t stride, int64_t m, const Weight* w, bf16* out, int64_t out_stride, bf16* scratch) {
-    pack_input(x, stride, m, w->k, scratch);
-    product(scratch, m, *w, out, out_stride);
+    pack_input(x, stride, m, w->k, as_numbers(scratch));
+    product(as_numbers(scratch), m, *w, out, out_stride);
 }
 
 // Each step rounded to bf16, as torch's operators do.
@@ -134,7 +141,7 @@ static void activate(int activation, int64_t columns, const float* gate, const f
 }
 
 // inner [m][up.n], packed as input = activation(a gate^T) * (a up^T).
-static void gate_and_up(const bf16* a, int64_t m, const Weight& gate, const Weight& up, int activation, bf16* inner) {
+static void gate_and_up(const Number* a, int64_t m, const Weight& gate, const Weight& up, int activation, Number* inner) {
     const int64_t k = gate.k, n = gate.n, at_once = rows_at_once(k);
     const int64_t chunks = (m + at_once - 1) / at_once, blocks = (n + BLOCK - 1) / BLOCK;
     parallel_for(chunks * blocks, [&](int64_t item) {
@@ -159,12 +166,13 @@ static void gate_and_up(const bf16* a, int64_t m, const Weight& gate, const Weig
     }, chunks == 1 ? blocks_at_once(blocks) : 1);
 }
 
-// out = (activation(x gate^T) * (x up^T)) down^T; scratch as snug_gated_scratch says.
+static int64_t gated_scratch(int64_t m, int64_t k, int64_t inner) { return packed(m, k) + packed(m, inner); }
+
+// out = (activation(x gate^T) * (x up^T)) down^T.
 static void gated(const bf16* x, int64_t stride, int64_t m, const Weight* gate, const Weight* up, const Weight* down, int activation, bf16* out, int64_t out_stride, bf16* scratch) {
-    const int64_t whole = (m + 15) / 16 * 16;
-    bf16* inner = scratch + whole * gate->k;
-    pack_input(x, stride, m, gate->k, scratch);
-    gate_and_up(scratch, m, *gate, *up, activation, inner);
+    Number *a = as_numbers(scratch), *inner = as_numbers(scratch + packed(m, gate->k));
+    pack_input(x, stride, m, gate->k, a);
+    gate_and_up(a, m, *gate, *up, activation, inner);
     product(inner, m, *down, out, out_stride);
 }
 
@@ -215,7 +223,7 @@ static void norm_and_rotate(const Layer& l, const Step& s, bf16* heads, int64_t 
 }
 
 // hidden [m][w.n] += a w^T + bias; the product is rounded before it is added, as it would be in memory.
-static void add_product(const bf16* a, int64_t m, const Weight& w, bf16* hidden) {
+static void add_product(const Number* a, int64_t m, const Weight& w, bf16* hidden) {
     multiply(a, m, &w, 1, [&](int, int64_t row, int64_t rows, int64_t column, int64_t columns, float* c) {
         for (int64_t i = 0; i < rows; ++i) {
             bf16* to = hidden + (row + i) * w.n + column;
@@ -225,7 +233,7 @@ static void add_product(const bf16* a, int64_t m, const Weight& w, bf16* hidden)
     });
 }
 
-static void norm_and_pack(const bf16* x, const bf16* weight, float eps, int64_t m, int64_t n, bf16* lines, bf16* a) {
+static void norm_and_pack(const bf16* x, const bf16* weight, float eps, int64_t m, int64_t n, bf16* lines, Number* a) {
     parallel_for((m + BLOCK - 1) / BLOCK, [=](int64_t group) {
         const int64_t first = group * BLOCK, rows = m - first < BLOCK ? m - first : BLOCK;
         for (int64_t i = first; i < first + rows; ++i) norm_row(x + i * n, weight, eps, n, lines + i * n);
@@ -233,15 +241,23 @@ static void norm_and_pack(const bf16* x, const bf16* weight, float eps, int64_t 
     });
 }
 
-// One decoder layer of the Llama kind (Llama, Mistral, Qwen2, Qwen3), in place. The scratch holds, for `whole` tokens:
-// a hidden-wide part packed, then either queries, keys, values and attention's output, or the MLP's inner part.
+// What is packed of the hidden state or of attention's output; then queries, keys, values and attention's output, or
+// the rows that a norm has made, or the MLP's inner part.
+static int64_t layer_scratch(int64_t m, int64_t hidden, int64_t q_width, int64_t kv_width, int64_t inner) {
+    const int64_t attention = m * (2 * q_width + 2 * kv_width), norms = m * hidden;
+    int64_t most = packed(m, inner) > attention ? packed(m, inner) : attention;
+    most = most > norms ? most : norms;
+    return packed(m, hidden > q_width ? hidden : q_width) + most;
+}
+
+// One decoder layer of the Llama kind (Llama, Mistral, Qwen2, Qwen3), in place.
 static void layer(const Layer* layer_, const Step* step, bf16* hidden) {
     const Layer& l = *layer_;
     const Step& s = *step;
-    const int64_t m = s.tokens, whole = (m + 15) / 16 * 16, width = l.gate.k;
+    const int64_t m = s.tokens, width = l.gate.k;
     const int64_t q_width = l.heads * l.head_dim, kv_width = l.kv_heads * l.head_dim, row = q_width + 2 * kv_width;
-    const int64_t widest = width > q_width ? width : q_width;
-    bf16 *a = s.scratch, *rows = a + whole * widest, *attended = rows + m * row;
+    Number* a = as_numbers(s.scratch);
+    bf16 *rows = s.scratch + packed(m, width > q_width ? width : q_width), *attended = rows + m * row;
 
     norm_and_pack(hidden, l.norm1, l.eps, m, width, rows, a);
     const Weight qkv[] = {l.q, l.k, l.v};
@@ -261,8 +277,9 @@ static void layer(const Layer* layer_, const Step* step, bf16* hidden) {
     add_product(a, m, l.o, hidden);
 
     norm_and_pack(hidden, l.norm2, l.eps, m, width, rows, a);
-    gate_and_up(a, m, l.gate, l.up, SILU, rows);
-    add_product(rows, m, l.down, hidden);
+    gate_and_up(a, m, l.gate, l.up, SILU, as_numbers(rows));
+    add_product(as_numbers(rows), m, l.down, hidden);
 }
 
-#define OPS_OF(space) {space::pack_weight, space::linear, space::gated, space::rms_norm, space::layer}
+#define OPS_OF(space) \
+    {space::pack_weight, space::linear_scratch, space::linear, space::gated_scratch, space::gated, space::rms_norm, space::layer_scratch, space::layer}

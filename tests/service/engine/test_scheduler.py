@@ -367,6 +367,18 @@ def test_shrinking_begins_with_what_the_last_step_had_and_ends_when_one_token_fa
     assert engine.shrink(), "after a success, a step of one token gets a second try again"
 
 
+def test_a_step_of_one_token_has_a_second_try_after_a_larger_one_has_failed():
+    engine = scheduler(chunk=64)
+    added(engine, a=1)
+    engine.schedule()
+    assert engine.shrink(), "the second try"
+    added(engine, b=2)
+    assert shares(engine.schedule()) == {"a": 1, "b": 2}
+    assert engine.shrink()
+    assert shares(engine.schedule()) == {"a": 1}
+    assert [engine.shrink(), engine.shrink()] == [True, False]
+
+
 def test_nothing_is_left_to_shrink_before_the_first_step():
     assert not scheduler().shrink()
 

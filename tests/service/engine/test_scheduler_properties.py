@@ -58,6 +58,7 @@ class Engine(RuleBasedStateMachine):
         self.running = []  # the oldest first
         self.past = []  # what ended requests consisted of
         self.count = self.ended = self.successes = 0
+        self.second_try = False
         self.limit = chunk
         self.settled = True  # no step is under way, or it broke
 
@@ -110,8 +111,8 @@ class Engine(RuleBasedStateMachine):
         self.settled = True
         if shrink:
             size = sum(len(scheduled.row.ids) for scheduled in step.rows)
-            again = self.scheduler.shrink()
-            assert again or size == 1
+            self.second_try = size == 1 and not self.second_try
+            assert self.scheduler.shrink() == (size > 1 or self.second_try)
             self.limit = size // 2 if size > 1 else self.limit
         elif leave:
             for scheduled in step.rows:
@@ -155,6 +156,7 @@ class Engine(RuleBasedStateMachine):
         if not written:
             self.write(step)
         self.scheduler.finish(step)
+        self.second_try = False
         self.successes += 1
         if self.successes == 16:
             self.limit, self.successes = min(self.chunk, self.limit * 2), 0

@@ -16,7 +16,8 @@ from service.engine.cpu.modules import (
 )
 from service.engine.cpu.scratch import Scratch
 
-ROWS = (1, 2, 15, 16, 17, 31, 33, 64, 150)
+# Every group of rows that kernels take at once, and several.
+ROWS = (1, 2, 3, 4, 5, 6, 10, 11, 15, 16, 17, 31, 33, 64, 150)
 SHAPES = ((32, 32), (16, 64), (48, 96), (128, 896), (896, 128), (1040, 64))
 
 
@@ -49,7 +50,8 @@ def test_a_packed_linear_multiplies_like_torch(isa, kernels, n, k, bias):
 
 
 def test_a_row_does_not_depend_on_the_others(isa, kernels):
-    packed = PackedLinear(kernels, Matrix(kernels, linear(896, 4864)), Scratch())
+    """In whole blocks of weights, and in the last one, which has 16 rows."""
+    packed = PackedLinear(kernels, Matrix(kernels, linear(912, 4864)), Scratch())
     x = normal(150, 4864)
     together = packed(x)
     for rows in ROWS:
@@ -64,6 +66,27 @@ def test_inputs_of_any_shape_and_stride_are_taken(isa, kernels):
     assert torch.equal(packed(x[..., :32]), packed(x[..., :32].contiguous()))
     turned = normal(32, 6).T
     assert torch.equal(packed(turned), packed(turned.contiguous()))
+
+
+class Marked(Scratch):
+    """With a mark behind what was asked for."""
+
+    def take(self, elements):
+        self.asked, self.buffer = elements, torch.full((elements + 512,), 7, dtype=torch.bfloat16)
+        return self.buffer.data_ptr()
+
+    def kept(self):
+        return bool((self.buffer[self.asked :] == 7).all())
+
+
+@pytest.mark.parametrize("rows", [1, 15, 16, 33])
+def test_kernels_stay_within_their_scratch(isa, kernels, rows):
+    scratch = Marked()
+    PackedLinear(kernels, Matrix(kernels, linear(48, 96)), scratch)(normal(rows, 96))
+    assert scratch.kept()
+    parts = (linear(160, 96), linear(160, 96), linear(96, 160))
+    PackedMlp(kernels, *(Matrix(kernels, part) for part in parts), 0, scratch)(normal(rows, 96))
+    assert scratch.kept()
 
 
 @pytest.mark.parametrize("name", ["silu", "gelu", "gelu_pytorch_tanh"])

@@ -8,9 +8,11 @@ from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from loader.kv_layout import KvGroup, KvLayout
+from service.engine.cpu import packing
 from service.engine.cpu.decoder import PackedDecoderLayer
 from service.engine.cpu.modules import PackedEmbedding, PackedLinear, PackedMlp, PackedRmsNorm
 from service.engine.cpu.packing import pack
+from service.engine.cpu.scratch import Scratch
 from service.engine.rows import Row
 from service.engine.runner import Runner
 
@@ -90,6 +92,25 @@ def test_a_packed_model_computes_what_it_did(isa, kernels, family):
         # Of numbers that bf16 rounds at every operation: a few steps of the largest logit's last place.
         assert (mine - torchs).abs().max() <= 0.03 * torchs.abs().max()
         assert mine.std() > 0.1
+
+
+@pytest.mark.parametrize("rows", [1, 15, 33])
+def test_a_whole_layer_stays_within_its_scratch(isa, kernels, monkeypatch, rows):
+    marks = []
+
+    class Marked(Scratch):
+        def take(self, elements):
+            buffer = torch.full((elements + 512,), 7, dtype=torch.bfloat16)
+            marks.append(buffer[elements:])
+            self._buffer = buffer
+            return buffer.data_ptr()
+
+    monkeypatch.setattr(packing, "Scratch", Marked)
+    over = runner(model("qwen2"))
+    pack(over._model, kernels)
+    over.step([row(prompt(rows, 1))])
+    assert marks
+    assert all((mark == 7).all() for mark in marks)
 
 
 @pytest.mark.parametrize("family", FAMILIES)

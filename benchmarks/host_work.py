@@ -1,0 +1,128 @@
+"""What the engine does between two forwards: python -m benchmarks.host_work [MODEL] [--streams 1 16 64].
+
+So many requests decode together on the CPU. From the end of one step's forward to the beginning of the next
+one's the engine's thread chooses tokens, counts, tells the clients' event loop, schedules and builds the
+batch, while the loop makes text on another thread: that is the host's work of a step. Reported are medians
+over all steps in which every request decodes. The prediction is the target: at most a tenth of the step
+at 16 requests of a 0.5B, and at most 1 ms at 64. On a GPU the card chooses tokens, and the rest is the same.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import random
+import time
+from dataclasses import dataclass
+from importlib import resources
+from itertools import pairwise
+from pathlib import Path
+from statistics import median, quantiles
+from typing import Any
+
+from benchmarks.client import letters
+from benchmarks.engine_overhead import Bare
+from loader.load import LoadedModel
+from service.backend import Backend, Progress
+from service.boot import start_backend
+from service.planning import make_plan_for
+from service.settings import Settings
+
+MOST_SHARE, MOST_MS = 0.1, 1.0
+CONTEXT, PROMPT_LETTERS = 512, 100
+
+
+@dataclass(frozen=True)
+class Forward:
+    tokens: int
+    began: float  # seconds
+    ended: float
+
+
+class Forwards:
+    """Every forward of a model while the block runs, watched by its hooks."""
+
+    def __init__(self, model: Any) -> None:
+        self.seen: list[Forward] = []
+        self._model, self._began = model, 0.0
+
+    def __enter__(self) -> Forwards:
+        self._hooks = [
+            self._model.register_forward_pre_hook(self._begin),
+            self._model.register_forward_hook(self._end, with_kwargs=True),
+        ]
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for hook in self._hooks:
+            hook.remove()
+
+    def _begin(self, model: Any, args: Any) -> None:  # noqa: ARG002
+        self._began = time.perf_counter()
+
+    def _end(self, model: Any, args: Any, kwargs: Any, output: Any) -> None:  # noqa: ARG002
+        self.seen.append(Forward(kwargs["input_ids"].shape[1], self._began, time.perf_counter()))
+
+    def full_steps(self, streams: int) -> list[tuple[float, float]]:
+        """(forward, host work before the next) in milliseconds, of steps where each stream has a token and
+        of which the next is one, too."""
+        return [
+            (1e3 * (one.ended - one.began), 1e3 * (other.began - one.ended))
+            for one, other in pairwise(self.seen)
+            if one.tokens == other.tokens == streams
+        ]
+
+
+def case(backend: Backend, streams: int, tokens: int) -> dict[str, Any]:
+    rng = random.Random(streams)
+    bare = Bare(backend, tokens)
+    bare.run([letters(rng, PROMPT_LETTERS) for _ in range(streams)])  # warms up
+    assert isinstance(backend.memory, LoadedModel)
+    with Forwards(backend.memory.model) as forwards:
+        bare.run([letters(rng, PROMPT_LETTERS) for _ in range(streams)])
+    steps = forwards.full_steps(streams)
+    if len(steps) < tokens // 2:
+        raise SystemExit(f"{streams} requests decoded together in {len(steps)} steps only")
+    forward, host = (list(column) for column in zip(*steps, strict=True))
+    return {
+        "streams": streams,
+        "steps": len(steps),
+        "forward_ms": round(median(forward), 3),
+        "host_ms": round(median(host), 3),
+        "host_p90_ms": round(quantiles(host, n=10)[-1], 3),
+        "host_share": round(median(host) / (median(host) + median(forward)), 4),
+    }
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("model", type=Path, nargs="?", help="without it, the built-in model")
+    parser.add_argument("--streams", type=int, nargs="+", default=[1, 16, 64])
+    parser.add_argument("--tokens", type=int, default=128)
+    arguments = parser.parse_args()
+    model = arguments.model or Path(str(resources.files("service") / "demo"))
+    print(
+        f"predicted: at most {MOST_SHARE:.0%} of a 0.5B's step at 16, at most {MOST_MS} ms at 64", flush=True
+    )
+    settings = Settings(model=str(model), device="cpu", context=CONTEXT, concurrency=max(arguments.streams))
+    backend, rows = start_backend(settings, make_plan_for(settings), Progress()), []
+    try:
+        for streams in arguments.streams:
+            rows.append(case(backend, streams, arguments.tokens))
+            print(f"measured: {json.dumps(rows[-1])}", flush=True)
+    finally:
+        backend.close()
+    result = {
+        "benchmark": "host_work",
+        "model": model.name,
+        "device": "cpu",
+        "target": {"share_at_16": MOST_SHARE, "ms_at_64": MOST_MS},
+        "rows": rows,
+    }
+    print(json.dumps(result))
+
+
+if __name__ == "__main__":
+    main()
