@@ -44,7 +44,7 @@ class PackedForward(Forward):
 
     def _scores(self, kind: str) -> int:
         """All projections stay, because the model keeps no cache that could take keys and values over."""
-        return self._projections + (0 if self.paged else self._alone(kind) + self._scratch)
+        return self._projections + (0 if self.paged else self._alone(kind) + self.scratch)
 
     def _output(self) -> int:
         return self._projections + self._wide(self.shape.hidden)
@@ -96,13 +96,13 @@ class PackedForward(Forward):
         if self.gpu:
             return self._wide(3 * self.shape.hidden + tensors * self.shape.intermediate)
         wide = self._wide(3 * self.shape.hidden + max(tensors, 4) * self.shape.intermediate)
-        return wide if in_one_call else wide + self._scratch
+        return wide if in_one_call else wide + self.scratch
 
     def _expert_mlp(self) -> int:
-        return super()._expert_mlp() + self._scratch
+        return Forward._expert_mlp(self) + self.scratch  # `super()` knows no class with slots of a dataclass
 
     @property
-    def _scratch(self) -> int:
+    def scratch(self) -> int:
         """What kernels on the CPU keep between calls (service/engine/cpu/scratch.py): the input of a module,
         in float32 where the processor multiplies nothing else, and what lies between an MLP's matrices."""
         if self.gpu or self.dtype_bytes != BFLOAT16:

@@ -84,7 +84,11 @@ def row_norms(blocks: Iterator[torch.Tensor]) -> torch.Tensor:
 
 
 def column_norms(blocks: Iterator[torch.Tensor]) -> torch.Tensor:
-    """As torch.linalg.norm over the rows of the whole matrix: it adds the squares row after row in fp32."""
+    """As torch.linalg.norm over the rows of the whole matrix: it adds the squares row after row in fp32.
+
+    On processors without AVX-512 torch adds them in another order, so that few results differ from peft's in
+    bf16's last place.
+    """
     total: torch.Tensor | None = None
     for block in blocks:
         for row in block.mul_(block):

@@ -8,6 +8,10 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     import torch
 
+# BLAS multiplies fewer rows in another way, and adds in another order: a single one as a vector, and MKL on
+# AMD's processors up to three.
+FEWEST_ROWS = 4
+
 
 class Product:
     """left @ right * scaling, of which rows are asked for. Memory for one block is used again and again."""
@@ -33,9 +37,9 @@ class Product:
         import torch
 
         first, last = start, stop
-        if stop - start == 1:  # BLAS multiplies a single row as a vector, and adds in another order
-            first = max(0, min(start, self.n_rows - 2))
-            last = min(first + 2, self.n_rows)
+        if stop - start < FEWEST_ROWS:
+            first = max(0, min(start, self.n_rows - FEWEST_ROWS))
+            last = min(first + FEWEST_ROWS, self.n_rows)
         out = self._room(last - first)
         torch.mm(self.left[first:last].to(torch.float32), self.right, out=out)
         out = out[start - first : stop - first]

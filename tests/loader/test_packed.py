@@ -13,6 +13,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from loader.checkpoint import ModelSpec
 from loader.families import FAMILIES
 from loader.footprint import measure
+from loader.packed import PackedForward
 from loader.placement import Setting
 from loader.pool import rule_for
 from service.engine import runner as engine
@@ -128,7 +129,8 @@ def test_no_step_of_a_batch_holds_more_than_is_counted_and_the_worst_not_much_le
     logits = ROWS * (VOCAB + 128) * dtype.itemsize
     counted = footprint.packed_activation_bytes(512, CONTEXT, ROWS, 32)
     assert max(peaks) <= counted + logits
-    assert counted <= 1.5 * max(peaks), "a step is counted with far more than it takes"
+    kept = PackedForward(footprint.shape, dtype.itemsize, 512, CONTEXT, rows=ROWS).scratch  # by CPU kernels
+    assert counted <= 1.5 * max(peaks) + kept, "a step is counted with far more than it takes"
 
 
 @pytest.mark.parametrize("family", MODELS)

@@ -8,6 +8,7 @@ from peft import PeftModel
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
+from exporter.adapters.dora import column_norms
 from exporter.adapters.product import Product
 from exporter.merge import open_updates
 from exporter.weights import Inputs, matrix
@@ -76,8 +77,22 @@ def test_the_bits_are_those_of_pefts_merge(tiny_model, make_adapter, exported, m
     base = tiny_model(name)
     adapter = make_adapter(base, **lora)
     theirs = merged_by_peft(base, adapter)
+    same = assert_close if case == "gpt2 dora" and not torch_adds_row_after_row() else assert_same
     for rows in (10**9, 64, 7):
-        assert_same(exported(base, adapter, block=rows), theirs)
+        same(exported(base, adapter, block=rows), theirs)
+
+
+def torch_adds_row_after_row():
+    """Whether the norm of a column is summed in that order: with AVX-512 it is, with AVX2 it is not."""
+    matrix = torch.randn(256, 64, generator=torch.Generator().manual_seed(0))
+    return torch.equal(torch.linalg.norm(matrix.T, dim=1), column_norms(iter([matrix.clone()])))
+
+
+def assert_close(ours, theirs):
+    """To the last place of bf16, and all but a thousandth of the numbers to the bit."""
+    for name, tensor in theirs.items():
+        torch.testing.assert_close(ours[name], tensor, rtol=2**-7, atol=0)
+        assert (ours[name] != tensor).float().mean() <= 1e-3
 
 
 def test_an_adapter_saved_in_16_bits_is_merged_in_fp32(tiny_qwen2, make_adapter, exported, merged_by_peft):
@@ -175,7 +190,7 @@ def test_a_product_has_the_same_bits_however_its_factors_lie_in_memory():
     random = torch.Generator().manual_seed(0)
     a, b = torch.randn(8, 768, generator=random), torch.randn(2304, 8, generator=random)
     whole = (b @ a).T * 3
-    for rows in (1, 2, 7, 768):
+    for rows in (1, 2, 3, 5, 7, 768):
         product = Product(a.T, b.T, 3)
         parts = [product.rows(at, min(at + rows, 768)).clone() for at in range(0, 768, rows)]
         assert torch.equal(torch.cat(parts), whole)
