@@ -14,19 +14,16 @@ import json
 import random
 import time
 from dataclasses import dataclass
-from importlib import resources
 from itertools import pairwise
 from pathlib import Path
 from statistics import median, quantiles
 from typing import Any
 
+from benchmarks.bare import Bare, backend_of
 from benchmarks.client import letters
-from benchmarks.engine_overhead import Bare
+from benchmarks.server import BUILT_IN
 from loader.load import LoadedModel
-from service.backend import Backend, Progress
-from service.boot import start_backend
-from service.planning import make_plan_for
-from service.settings import Settings
+from service.backend import Backend
 
 MOST_SHARE, MOST_MS = 0.1, 1.0
 CONTEXT, PROMPT_LETTERS = 512, 100
@@ -98,25 +95,21 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("model", type=Path, nargs="?", help="without it, the built-in model")
+    parser.add_argument("model", type=Path, nargs="?", default=BUILT_IN, help="without it, the built-in one")
     parser.add_argument("--streams", type=int, nargs="+", default=[1, 16, 64])
     parser.add_argument("--tokens", type=int, default=128)
     arguments = parser.parse_args()
-    model = arguments.model or Path(str(resources.files("service") / "demo"))
     print(
         f"predicted: at most {MOST_SHARE:.0%} of a 0.5B's step at 16, at most {MOST_MS} ms at 64", flush=True
     )
-    settings = Settings(model=str(model), device="cpu", context=CONTEXT, concurrency=max(arguments.streams))
-    backend, rows = start_backend(settings, make_plan_for(settings), Progress()), []
-    try:
+    rows = []
+    with backend_of(arguments.model, "cpu", CONTEXT, max(arguments.streams)) as backend:
         for streams in arguments.streams:
             rows.append(case(backend, streams, arguments.tokens))
             print(f"measured: {json.dumps(rows[-1])}", flush=True)
-    finally:
-        backend.close()
     result = {
         "benchmark": "host_work",
-        "model": model.name,
+        "model": arguments.model.name,
         "device": "cpu",
         "target": {"share_at_16": MOST_SHARE, "ms_at_64": MOST_MS},
         "rows": rows,

@@ -21,7 +21,10 @@ from prometheus_client.parser import text_string_to_metric_families
 
 from loader.probe import visible_handles
 from service.openai_client import ChatApi
+from service.planning import model_source
+from service.settings import Settings
 
+BUILT_IN = Path(model_source(Settings()))
 START_SECONDS = 900
 SAMPLE_SECONDS = 0.01
 _URL = re.compile(r"(\S+) will answer at (http://\S+)/v1")

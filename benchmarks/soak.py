@@ -17,7 +17,6 @@ import time
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
-from importlib import resources
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +24,7 @@ import httpx
 import psutil
 
 from benchmarks.client import connect, letters
-from benchmarks.server import Server
+from benchmarks.server import BUILT_IN, Server
 
 SETTLE_SECONDS = 30
 LONGEST_PROMPT, LONGEST_ANSWER = 120, 24
@@ -152,7 +151,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("model", type=Path, nargs="?", help="without it, the built-in model")
+    parser.add_argument("model", type=Path, nargs="?", default=BUILT_IN, help="without it, the built-in one")
     parser.add_argument("--device", default="cpu", help="cpu or cuda:N")
     parser.add_argument("--requests", type=int, default=10_000)
     parser.add_argument("--clients", type=int, default=64)
@@ -160,7 +159,7 @@ def main() -> None:
     parser.add_argument("--concurrency", type=int, default=16, help="as for snugfit serve")
     parser.add_argument("--seed", type=int, default=0)
     arguments = parser.parse_args()
-    model = arguments.model or Path(str(resources.files("service") / "demo"))
+    model = arguments.model
     print(
         f"predicted: {arguments.requests:,} requests from {arguments.clients} clients, of which "
         f"{arguments.leave:.0%} leave; every other one answered; then 0 running, 0 waiting, 0 blocks, and "

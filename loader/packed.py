@@ -92,11 +92,10 @@ class PackedForward(Forward):
 
         On the CPU one that is gate, up and down is one call, whose scratch is less than torch's tensors.
         """
-        tensors, in_one_call = self._family.mlp_tensors, self._family.mlp_tensors == GATED
-        if self.gpu:
-            return self._wide(3 * self.shape.hidden + tensors * self.shape.intermediate)
-        wide = self._wide(3 * self.shape.hidden + max(tensors, 4) * self.shape.intermediate)
-        return wide if in_one_call else wide + self.scratch
+        tensors = self._family.mlp_tensors
+        alive = tensors if self.gpu else max(tensors, 4)
+        wide = self._wide(3 * self.shape.hidden + alive * self.shape.intermediate)
+        return wide if tensors == GATED else wide + self.scratch
 
     def _expert_mlp(self) -> int:
         return Forward._expert_mlp(self) + self.scratch  # `super()` knows no class with slots of a dataclass

@@ -6,6 +6,7 @@ import os
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
+from ctypes.util import find_library
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -20,7 +21,6 @@ LLAMA = ("llama-cpp-python[server]==0.3.36", "gguf==0.19.0")
 PAGE_TOKENS = 256  # a block of transformers' paged cache
 VLLM_CACHE_GIB = 2
 OFFLINE = {"HF_HUB_OFFLINE": "1"}
-TCMALLOC = Path("/usr/lib/x86_64-linux-gnu/libtcmalloc_minimal.so.4")
 
 
 @dataclass(frozen=True)
@@ -96,12 +96,12 @@ def _vllm(start: Start) -> Launch:
     command = [str(python), "-I", "-c", main, "serve", str(start.model), *_spread(flags)]
     cores = sorted(os.sched_getaffinity(0))[: start.threads]
     # Its documentation wants these two preloaded; as far as they are here.
-    preloaded = [TCMALLOC, *(BUILD / "vllm").absolute().glob("lib/libiomp5.so")]
+    openmp = map(str, (BUILD / "vllm").absolute().glob("lib/libiomp5.so"))
     environ = {
         "VLLM_CPU_KVCACHE_SPACE": str(VLLM_CACHE_GIB),
         "VLLM_CPU_OMP_THREADS_BIND": ",".join(map(str, cores)),
         "VLLM_NO_USAGE_STATS": "1",
-        "LD_PRELOAD": ":".join(str(path) for path in preloaded if path.exists()),
+        "LD_PRELOAD": ":".join(filter(None, [find_library("tcmalloc_minimal"), *openmp])),
     }
     return Launch(command, {"model": "vllm", "ignore_eos": True}, environ | _threads(start) | OFFLINE)
 

@@ -18,7 +18,6 @@ from loader.placement import Setting
 from loader.pool import rule_for
 from service.engine import runner as engine
 from service.engine.backends import TorchAttention
-from service.engine.cpu import library
 from service.engine.cpu.attention import NativeAttention
 from service.engine.cpu.packing import pack
 from service.engine.rows import Row
@@ -135,21 +134,15 @@ def test_no_step_of_a_batch_holds_more_than_is_counted_and_the_worst_not_much_le
 
 @pytest.mark.parametrize("family", MODELS)
 @pytest.mark.parametrize("backend", [TorchAttention, NativeAttention])
-def test_nor_does_one_with_the_cpu_kernels_and_what_they_keep(family, backend, monkeypatch):
+@pytest.mark.parametrize("isa", ["scalar"], indirect=True)
+def test_nor_does_one_with_the_cpu_kernels_and_what_they_keep(family, backend, isa, kernels, monkeypatch):
     """At worst without bf16 products: then they keep their input in float32."""
-    kernels = library.kernels()
-    if kernels is None:
-        pytest.skip("the kernels are not built: there was no C++ compiler")
     model = model_of(family, torch.bfloat16)
     footprint = footprint_of(model, torch.bfloat16)
     counted = footprint.packed_activation_bytes(512, CONTEXT, ROWS, 32) + ROWS * (VOCAB + 128) * 2
-    kernels.init(library.ISAS.index("scalar"), 2, library.gomp_parallel())
-    try:
-        with runner_of(model, footprint, 512, monkeypatch, backend) as runner:
-            pack(model, kernels)
-            peaks = [traced(runner, [row(runner, count) for count in counts]) for counts in STEPS]
-    finally:
-        kernels.init(-1, 2, library.gomp_parallel())
+    with runner_of(model, footprint, 512, monkeypatch, backend) as runner:
+        pack(model, kernels)
+        peaks = [traced(runner, [row(runner, count) for count in counts]) for counts in STEPS]
     assert max(peaks) <= counted
 
 

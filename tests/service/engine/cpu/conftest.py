@@ -1,20 +1,26 @@
 import pytest
+import torch
 
-from service.engine.cpu import library
-
-
-@pytest.fixture(scope="session")
-def kernels():
-    found = library.kernels()
-    if found is None:
-        pytest.skip("the kernels are not built: there was no C++ compiler")
-    return found
+from service.engine.cpu.scratch import Scratch
 
 
-@pytest.fixture(params=library.ISAS)
-def isa(request, kernels):
-    """The kernels on each instruction set that this machine has, with two threads."""
-    wanted = library.ISAS.index(request.param)
-    used = library.ISAS[kernels.init(wanted, 2, library.gomp_parallel())]
-    yield request.param if used == request.param else pytest.skip(f"this machine has no {request.param}")
-    kernels.init(-1, 2, library.gomp_parallel())
+class MarkedScratch(Scratch):
+    """With a mark behind all that was ever asked for."""
+
+    def __init__(self):
+        super().__init__()
+        self.marks = []
+
+    def take(self, elements):
+        buffer = torch.full((elements + 512,), 7, dtype=torch.bfloat16)
+        self.marks.append(buffer[elements:])
+        return buffer.data_ptr()
+
+    @property
+    def kept(self):
+        return bool(self.marks) and all(bool((mark == 7).all()) for mark in self.marks)
+
+
+@pytest.fixture
+def marked_scratch():
+    return MarkedScratch()

@@ -12,7 +12,6 @@ from service.engine.cpu import packing
 from service.engine.cpu.decoder import PackedDecoderLayer
 from service.engine.cpu.modules import PackedEmbedding, PackedLinear, PackedMlp, PackedRmsNorm
 from service.engine.cpu.packing import pack
-from service.engine.cpu.scratch import Scratch
 from service.engine.rows import Row
 from service.engine.runner import Runner
 
@@ -95,22 +94,12 @@ def test_a_packed_model_computes_what_it_did(isa, kernels, family):
 
 
 @pytest.mark.parametrize("rows", [1, 15, 33])
-def test_a_whole_layer_stays_within_its_scratch(isa, kernels, monkeypatch, rows):
-    marks = []
-
-    class Marked(Scratch):
-        def take(self, elements):
-            buffer = torch.full((elements + 512,), 7, dtype=torch.bfloat16)
-            marks.append(buffer[elements:])
-            self._buffer = buffer
-            return buffer.data_ptr()
-
-    monkeypatch.setattr(packing, "Scratch", Marked)
+def test_a_whole_layer_stays_within_its_scratch(isa, kernels, monkeypatch, marked_scratch, rows):
+    monkeypatch.setattr(packing, "Scratch", lambda: marked_scratch)
     over = runner(model("qwen2"))
     pack(over._model, kernels)
     over.step([row(prompt(rows, 1))])
-    assert marks
-    assert all((mark == 7).all() for mark in marks)
+    assert marked_scratch.kept
 
 
 @pytest.mark.parametrize("family", FAMILIES)
