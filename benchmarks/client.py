@@ -7,7 +7,7 @@ import json
 import random
 import string
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from typing import Any
@@ -16,6 +16,7 @@ import httpx
 
 CLIENT_SECONDS = 3600
 Message = dict[str, str]
+Arrived = list[tuple[float, bytes]]  # (time.perf_counter(), a part of a response's body)
 
 
 @dataclass(frozen=True)
@@ -49,34 +50,48 @@ class NoText(ServerError):
 
 async def ask(client: httpx.AsyncClient, body: Mapping[str, Any]) -> Sample:
     """One chat completion. Raises httpx.HTTPStatusError, ServerError or NoText."""
-    body = {**body, "stream": True, "stream_options": {"include_usage": True}}
-    started, arrived, usage = time.perf_counter(), [], {}
-    rest = b""
-    async with client.stream("POST", "/v1/chat/completions", json=body) as response:
+    started, arrived = time.perf_counter(), []
+    async with client.stream("POST", "/v1/chat/completions", json=streaming(body)) as response:
         response.raise_for_status()
-        async for chunk in response.aiter_bytes():
-            *frames, rest = (rest + chunk).replace(b"\r\n", b"\n").split(b"\n\n")
-            for frame in frames:
-                if not frame.startswith(b"data: {"):
-                    continue
-                event = json.loads(frame.removeprefix(b"data: "))
-                if "error" in event:
-                    raise ServerError(str(event["error"]))
-                if event["choices"] and event["choices"][0]["delta"].get("content"):
-                    arrived.append(time.perf_counter())
-                usage = event.get("usage") or usage
-    if not arrived:
+        async for data in response.aiter_bytes():
+            arrived.append((time.perf_counter(), data))
+    return sample_of(started, arrived)
+
+
+def streaming(body: Mapping[str, Any]) -> dict[str, Any]:
+    return {**body, "stream": True, "stream_options": {"include_usage": True}}
+
+
+def sample_of(started: float, arrived: Arrived) -> Sample:
+    """What a stream said, read when it is over, so that reading it holds up no other one."""
+    times, usage = [], {}
+    for at, event in _events(arrived):
+        if "error" in event:
+            raise ServerError(str(event["error"]))
+        if event["choices"] and event["choices"][0]["delta"].get("content"):
+            times.append(at)
+        usage = event.get("usage") or usage
+    if not times:
         raise NoText("the answer had no text")
-    gaps = [after - before for before, after in pairwise(arrived)]
     details = usage.get("prompt_tokens_details") or {}
     return Sample(
-        first=arrived[0] - started,
-        gaps=gaps,
-        ended=arrived[-1],
+        first=times[0] - started,
+        gaps=[after - before for before, after in pairwise(times)],
+        ended=times[-1],
         prompt_tokens=usage.get("prompt_tokens"),
         completion_tokens=usage.get("completion_tokens"),
         cached_tokens=details.get("cached_tokens"),
     )
+
+
+def _events(arrived: Arrived) -> Iterator[tuple[float, dict[str, Any]]]:
+    """Each event with the time at which its end came."""
+    rest = b""
+    for at, data in arrived:
+        *frames, rest = (rest + data).replace(b"\r\n", b"\n").split(b"\n\n")
+        for frame in frames:
+            if frame.startswith(b"data: {"):
+                yield at, json.loads(frame.removeprefix(b"data: "))
 
 
 async def together(

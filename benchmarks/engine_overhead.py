@@ -9,7 +9,6 @@ on the same cores. The prediction is the target: at most 3 ms and 0.3 ms.
 from __future__ import annotations
 
 import argparse
-import asyncio
 import json
 import random
 from collections.abc import Sequence
@@ -18,15 +17,16 @@ from statistics import median
 from typing import Any
 
 from benchmarks.bare import Bare, Times, backend_of
-from benchmarks.client import letters, together
+from benchmarks.client import letters
 from benchmarks.server import BUILT_IN, Server
+from benchmarks.wire import together
 
 MOST_FIRST_MS, MOST_TOKEN_MS = 3.0, 0.3
 
 
 def over_http(server: Server, prompts: Sequence[str], tokens: int) -> Times:
     bodies = [server.body(prompt, tokens) | {"ignore_eos": True} for prompt in prompts]
-    _, samples = asyncio.run(together(server.url, bodies))
+    samples = together(server.url, bodies)
     for sample in samples:
         if sample.completion_tokens != tokens:
             raise SystemExit(f"{sample.completion_tokens} tokens where {tokens} were asked for")

@@ -20,6 +20,11 @@ async def together(answers: Sequence[Events]) -> AsyncGenerator[Came, None]:
     error of one ends all, as does closing, and the engine has let go of all of them when this returns. An
     answer without a finish_reason is an error: one cut short must not look whole.
     """
+    if len(answers) == 1:  # as nearly always: without a task in between, which each token would have to wake
+        async with aclosing(_whole(answers[0])) as events:
+            async for event in events:
+                yield [(0, event)]
+        return
     inbox = _Inbox()
     try:
         inbox.open(0, answers[0])
@@ -32,6 +37,17 @@ async def together(answers: Sequence[Events]) -> AsyncGenerator[Came, None]:
             yield came
     finally:
         await inbox.close()
+
+
+async def _whole(answer: Events) -> Events:
+    """The same events. Raises StepFailed at the end of one without a finish_reason."""
+    reason = None
+    async with aclosing(answer):
+        async for event in answer:
+            reason = event.finish_reason
+            yield event
+    if reason is None:
+        raise StepFailed("the engine ended the answer without a reason")
 
 
 class _Inbox:
@@ -73,15 +89,11 @@ class _Inbox:
         await asyncio.gather(*self._tasks, return_exceptions=True)
 
     async def _fill(self, index: int, answer: Events) -> None:
-        reason = None
         try:
-            async with aclosing(answer):
-                async for event in answer:
-                    reason = event.finish_reason
+            async with aclosing(_whole(answer)) as events:
+                async for event in events:
                     self._came.append((index, event))
                     self._changed.set()
-            if reason is None:
-                raise StepFailed("the engine ended the answer without a reason")
         except Exception as err:
             self._error = self._error or err
         finally:

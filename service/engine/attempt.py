@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import traceback
+from collections.abc import Callable
 from dataclasses import dataclass
 
 from service.engine.devices import out_of_memory
@@ -22,10 +23,13 @@ class Failure:
     out_of_memory: bool
 
 
-def attempt(runner: StepRunner, sampler: Sampler, step: Step) -> list[Choice | BadLogits] | Failure:
-    """One forward, and a choice for each row that asks for one, in their order."""
+def attempt(
+    runner: StepRunner, sampler: Sampler, step: Step, meanwhile: Callable[[], None]
+) -> list[Choice | BadLogits] | Failure:
+    """One forward, and a choice for each row that asks for one, in their order. `meanwhile` is as
+    StepRunner.step says."""
     try:
-        return _choices(runner, sampler, step)
+        return _choices(runner, sampler, step, meanwhile)
     except Exception as error:
         failure = Failure(f"{type(error).__name__}: {error}", out_of_memory(error))
         if not failure.out_of_memory:
@@ -35,8 +39,10 @@ def attempt(runner: StepRunner, sampler: Sampler, step: Step) -> list[Choice | B
         return failure
 
 
-def _choices(runner: StepRunner, sampler: Sampler, step: Step) -> list[Choice | BadLogits]:
+def _choices(
+    runner: StepRunner, sampler: Sampler, step: Step, meanwhile: Callable[[], None]
+) -> list[Choice | BadLogits]:
     """Holds tensors, and so has a frame of its own."""
-    logits = runner.step([scheduled.row for scheduled in step.rows])
+    logits = runner.step([scheduled.row for scheduled in step.rows], meanwhile)
     states = [scheduled.sequence.sampling for scheduled in step.rows if scheduled.row.sample]
     return sampler.choose(logits, states) if states else []

@@ -58,10 +58,15 @@ class CurrentStep:
     """The step that is being computed: shared by all layers of one runner."""
 
     step: Step | None = None
+    meanwhile: Callable[[], None] | None = None  # called when the first layer begins
 
     def on(self, device: torch.device) -> Batch:
         assert self.step is not None
-        return self.step.on(device)
+        batch = self.step.on(device)
+        if self.meanwhile is not None:
+            meanwhile, self.meanwhile = self.meanwhile, None
+            meanwhile()
+        return batch
 
 
 class Layer:

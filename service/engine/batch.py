@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence as Ids
 from dataclasses import dataclass
-from itertools import accumulate
+from itertools import accumulate, chain
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -166,23 +166,23 @@ class Batcher:
         return self._device
 
     def _check(self, rows: Ids[Row]) -> None:
-        tokens = sum(len(row.ids) for row in rows)
+        tokens, block_tokens = sum([len(row.ids) for row in rows]), self._layout.block_tokens
         if not 1 <= len(rows) <= self._rows or tokens > self._tokens:
             raise ValueError(
                 f"a step of {len(rows)} rows, {tokens} tokens; {self._rows} and {self._tokens} may be"
             )
         for row in rows:
             length = row.start + len(row.ids)
-            room = min(self._context, min(map(len, row.tables)) * self._layout.block_tokens)
+            room = min(self._context, min([len(table) for table in row.tables]) * block_tokens)
             if not row.ids or length > room:
                 raise ValueError(f"{len(row.ids)} tokens after {row.start}: there are blocks for {room}")
 
     def _form(self, rows: Ids[Row], spans: tuple[Span, ...]) -> Form:
         block_tokens = self._layout.block_tokens
-        width = max(-(-span.length // block_tokens) for span in spans)
+        width = -(-max([span.start + span.count for span in spans]) // block_tokens)
         last = spans[-1]
         return Form(
-            last.first + last.count, len(rows), sum(row.sample for row in rows), (width,) * len(self.widths)
+            last.first + last.count, len(rows), sum([row.sample for row in rows]), (width,) * len(self.widths)
         )
 
     def _padded_form(self, size: int) -> Form:
@@ -196,8 +196,7 @@ class Batcher:
         counts[: len(rows)] = [span.count for span in spans]
         firsts[: len(rows)] = [span.start for span in spans]
         ids[len(spans) :] = 0
-        for row, span in zip(rows, spans, strict=True):
-            ids[span.first : span.first + span.count] = row.ids
+        ids[: spans[-1].first + spans[-1].count] = list(chain.from_iterable([row.ids for row in rows]))
         kept = [span.first + span.count - 1 for row, span in zip(rows, spans, strict=True) if row.sample]
         # A padded form has a place for every row; who steps knows which of them are asked for.
         parts.keep[:] = kept if len(kept) == form.samples else range(form.samples)

@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import partial
 from typing import Any
+
+from transformers import TokenizersBackend
 
 BROKEN = "\ufffd"  # what a tokenizer decodes bytes to that are not (yet) a character
 # A character is at most 4 bytes, so after this many tokens without a clean end something else goes on.
@@ -21,7 +25,7 @@ class Detokenizer:
     """
 
     def __init__(self, tokenizer: Any) -> None:
-        self._tokenizer = tokenizer
+        self._decode = decoder_of(tokenizer)
         self._special = frozenset(tokenizer.all_special_ids)
         self._most_pending = MOST_PENDING_IN_RUN if _decodes_in_runs(tokenizer) else MOST_PENDING
         self._window: list[int] = []
@@ -64,9 +68,24 @@ class Detokenizer:
     def _shorten(self, tokens: int) -> None:
         del self._window[:-tokens]
 
-    def _decode(self, ids: list[int]) -> str:
-        text: str = self._tokenizer.decode(ids, skip_special_tokens=True)
-        return text
+
+def decoder_of(tokenizer: Any) -> Callable[[list[int]], str]:
+    """`tokenizer.decode(ids, skip_special_tokens=True)`, without what transformers does around a decoder of
+    the tokenizers library, which takes four times as long as the decoder itself."""
+    bare = isinstance(tokenizer, TokenizersBackend) and not _changes_text(tokenizer)
+    decode = tokenizer.backend_tokenizer.decode if bare else tokenizer.decode
+    return partial(decode, skip_special_tokens=True)
+
+
+def _changes_text(tokenizer: TokenizersBackend) -> bool:
+    """Whether its class, or its clean-up ("it 's" becomes "it's"), comes after the decoder."""
+    kind, plain = type(tokenizer), TokenizersBackend
+    if (kind.decode, kind._decode) != (plain.decode, plain._decode):
+        return True
+    bpe = type(tokenizer.backend_tokenizer.model).__name__ == "BPE"
+    # As in TokenizersBackend._decode, which spares BPE unless it is told otherwise by this name.
+    spared = bpe and not tokenizer.clean_up_tokenization_spaces_for_bpe_even_though_it_will_corrupt_output
+    return bool(tokenizer.clean_up_tokenization_spaces) and not spared
 
 
 def _decodes_in_runs(tokenizer: Any) -> bool:

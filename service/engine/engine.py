@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import threading
 import time
+from asyncio import AbstractEventLoop
 from collections.abc import AsyncGenerator
 from dataclasses import dataclass
 from queue import Empty, SimpleQueue
@@ -58,6 +59,7 @@ class StepEngine:
         layout = runner.layout
         self._scheduler = Scheduler(layout, runner.concurrency, runner.chunk_tokens, runner.prefix_reuse)
         self._sampler, self._outbox = Sampler(), Outbox()
+        self._closed: set[AbstractEventLoop] = set()  # nobody receives there any more
         self._looked_up = self._found = 0  # prompt tokens, for prefix reuse
         blocks = self._scheduler.pool.blocks_total
         self._meter = Meter(Capacity(runner.concurrency, runner.context, max_queue, layout.tokens, blocks))
@@ -137,19 +139,24 @@ class StepEngine:
                 self._meter.end([self._remove(message.sequence, message.reason)], self._occupancy())
 
     def _advance(self) -> None:
-        """One step of everyone whose turn it is. Counts first, then tells: who has seen the last event finds
-        the request gone from the statistics."""
+        """One step of everyone whose turn it is. What it gives is told while the next one is computed: then
+        making text and sending it, on the event loop's thread, keeps nobody from the interpreter.
+
+        Counts first, then tells: who has seen the last event finds the request gone from the statistics.
+        """
         began = time.monotonic()
         self._turn_away_overdue(began)
         step = self._scheduler.schedule()
         if step.rows:
             self._place(step, began)
-            outcome = attempt(self._runner, self._sampler, step)
+            outcome = attempt(self._runner, self._sampler, step, self._tell)
             if isinstance(outcome, Failure):
                 self._get_over(step, outcome)
             else:
                 self._settle(step, outcome, began)
-        self._deliver()
+        if self._scheduler.idle:
+            self._tell()
+        self._let_go_of_the_deaf()
 
     def _turn_away_overdue(self, now: float) -> None:
         if self._max_wait_s is None:
@@ -235,10 +242,14 @@ class StepEngine:
         self._scheduler.remove(sequence, broken)
         return _ended(sequence, reason)
 
-    def _deliver(self) -> None:
-        closed = set(self._outbox.deliver())
-        if closed:
-            gone = [sequence for sequence in self._scheduler if sequence.channel.loop in closed]
+    def _tell(self) -> None:
+        self._closed.update(self._outbox.deliver())
+
+    def _let_go_of_the_deaf(self) -> None:
+        """Between steps: a step's sequences stay until it has been settled."""
+        if self._closed:
+            gone = [sequence for sequence in self._scheduler if sequence.channel.loop in self._closed]
+            self._closed.clear()
             self._meter.end([self._remove(sequence, "cancelled") for sequence in gone], self._occupancy())
 
     def _occupancy(self) -> Occupancy:

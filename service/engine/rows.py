@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from collections.abc import Sequence as Ids
 from dataclasses import dataclass
 from typing import Any, Protocol
@@ -21,6 +22,10 @@ class Row:
     sample: bool  # whether logits after the last of `ids` are wanted
 
 
+def nothing() -> None:
+    pass
+
+
 class StepRunner(Protocol):
     """What the engine needs of `service.engine.runner`. Only the engine's thread calls it."""
 
@@ -35,8 +40,11 @@ class StepRunner(Protocol):
     )
     # is reused. After an error nobody knows that state: the sequence has to begin again at 0.
 
-    def step(self, rows: Ids[Row]) -> Any:
+    def step(self, rows: Ids[Row], meanwhile: Callable[[], None] = nothing) -> Any:
         """One forward. Logits [rows with `sample`, vocab] in their order, in the model's dtype.
+
+        `meanwhile` is called once, unless an error comes before: when the device, or native code, begins to
+        compute for long. Work that it gives to other threads holds up nobody then.
 
         Raises what `devices.out_of_memory` knows when there is no memory for it. After any error the keys and
         values of the ids in `rows` are undefined, all others are untouched, but for `one_state`.

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Callable
 from collections.abc import Sequence as Ids
 from functools import partial
 from typing import TYPE_CHECKING, Any
@@ -23,7 +24,7 @@ from service.engine.graphs import CudaRecorder, DecodeGraphs, Recorder
 from service.engine.pool import LayerShape, LayerStore
 from service.engine.proof import prove
 from service.engine.rehearsal import rehearse_choice, worst_steps
-from service.engine.rows import Row
+from service.engine.rows import Row, nothing
 from service.engine.single import SingleRunner
 
 if TYPE_CHECKING:
@@ -114,18 +115,20 @@ class Runner:
         return sum(store.keys.nbytes + store.values.nbytes for store in self._stores.values())
 
     @torch.inference_mode()
-    def step(self, rows: Ids[Row]) -> torch.Tensor:
+    def step(self, rows: Ids[Row], meanwhile: Callable[[], None] = nothing) -> torch.Tensor:
         """As StepRunner says. The logits are good until the next step."""
         if self._graphs is not None:
             logits = self._graphs.step(rows)
             if logits is not None:
+                meanwhile()  # the graph has only been launched
                 return logits
+        self._current.meanwhile = meanwhile
         return self._forward(self._batcher.build(rows))
 
     def recover(self) -> None:
         """After an error. What the step held went with its exception; a device that cannot even add, as a GPU
         whose context is broken, is lost: then no later step can succeed either."""
-        self._current.step = None
+        self._current.step = self._current.meanwhile = None
         for device in dict.fromkeys([self._device, *(shape.device for shape in self._shapes.values())]):
             check_device(device)
 

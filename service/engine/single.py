@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from collections.abc import Sequence as Ids
 from typing import Any
 
@@ -11,7 +12,7 @@ from loader.kv_layout import KvLayout
 from service.engine.cache import FixedCache, allocated
 from service.engine.devices import check_device
 from service.engine.rehearsal import rehearse_choice
-from service.engine.rows import Row
+from service.engine.rows import Row, nothing
 
 
 class SingleRunner:
@@ -44,13 +45,14 @@ class SingleRunner:
         return self._cache.n_bytes
 
     @torch.inference_mode()
-    def step(self, rows: Ids[Row]) -> torch.Tensor:
+    def step(self, rows: Ids[Row], meanwhile: Callable[[], None] = nothing) -> torch.Tensor:
         """As StepRunner says, for one row. Raises ValueError where it does not go on as it was left."""
         (row,) = rows
         if row.start == 0:
             self._reset()
         if row.start != self._length:
             raise ValueError(f"a row starts at {row.start} and the cache holds {self._length} tokens")
+        meanwhile()
         logits = self._forward(row.ids)
         return logits if row.sample else logits[:0]
 

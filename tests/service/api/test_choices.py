@@ -46,14 +46,20 @@ async def collected(generators):
 
 
 def test_what_is_ready_comes_together_and_in_order():
-    answers = Answers([event(1), event(2), event(3)])
-    (came,) = asyncio.run(collected(answers.generators))
+    answers = Answers([event(1), event(2), event(3)], [event(3)])
+    came, _ = asyncio.run(collected(answers.generators))
     assert came == [(0, event(1)), (0, event(2)), (0, event(3))]
 
 
 def test_what_is_not_ready_is_not_waited_for():
+    answers = Answers([event(1), 0.01, event(2), event(3)], [0.05, event(3)])
+    assert [len(came) for came in asyncio.run(collected(answers.generators))] == [1, 2, 1]
+
+
+def test_an_only_answer_comes_event_by_event():
     answers = Answers([event(1), 0.01, event(2), event(3)])
-    assert [len(came) for came in asyncio.run(collected(answers.generators))] == [1, 2]
+    came = asyncio.run(collected(answers.generators))
+    assert came == [[(0, event(1))], [(0, event(2))], [(0, event(3))]]
 
 
 def test_the_others_begin_when_the_first_has_a_token():

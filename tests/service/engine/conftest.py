@@ -94,7 +94,8 @@ class ScriptedRunner:
         if gate_open:
             self.gate.set()
 
-    def step(self, rows):
+    def step(self, rows, meanwhile=lambda: None):
+        meanwhile()
         self.steps.append([(row.start, len(row.ids)) for row in rows])
         assert self.gate.wait(DEADLINE_S)
         assert len(rows) <= self.concurrency
@@ -135,11 +136,11 @@ class RereadingRunner(ScriptedRunner):
 
         return torch.eye(VOCAB)[[self.checksum(self._read_back(row)) for row in rows]]
 
-    def step(self, rows):
+    def step(self, rows, meanwhile=lambda: None):
         for row in rows:
             for at, token_id in enumerate(row.ids, start=row.start):
                 self._ids[row.tables[0][at // BLOCK]][at % BLOCK] = token_id
-        return super().step(rows)
+        return super().step(rows, meanwhile)
 
     def _read_back(self, row):
         return [self._ids[row.tables[0][at // BLOCK]][at % BLOCK] for at in range(row.start + len(row.ids))]

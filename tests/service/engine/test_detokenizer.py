@@ -7,7 +7,7 @@ from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 import service
-from service.engine.detokenizer import BROKEN, MOST_PENDING, Detokenizer
+from service.engine.detokenizer import BROKEN, MOST_PENDING, Detokenizer, decoder_of
 
 DEMO = Path(service.__file__).parent / "demo"
 EMOJI = "\U0001f469\u200d\U0001f4bb"  # several code points, 11 bytes
@@ -119,3 +119,32 @@ def test_broken_bytes_without_end_are_shown_as_they_come_and_decoded_in_short_wi
     assert "".join(pieces) == BROKEN * 500
     assert len(pieces[-1]) == 1
     assert max(windows) <= MOST_PENDING + 1
+
+
+def wordpiece(**options):
+    vocab = {word: at for at, word in enumerate(["[UNK]", "it", "'", "s", ",", "##self"])}
+    backend = Tokenizer(models.WordPiece(vocab, unk_token="[UNK]"))
+    backend.decoder = decoders.WordPiece(cleanup=False)
+    return PreTrainedTokenizerFast(tokenizer_object=backend, unk_token="[UNK]", **options)
+
+
+@pytest.mark.parametrize("cleaned", [False, True])
+def test_what_transformers_cleans_up_after_the_decoder_is_cleaned_up_here(cleaned):
+    tokenizer = wordpiece(clean_up_tokenization_spaces=cleaned)
+    text = decoder_of(tokenizer)([1, 2, 3, 4, 1, 5])
+    assert text == tokenizer.decode([1, 2, 3, 4, 1, 5], skip_special_tokens=True)
+    assert (" ," in text) is not cleaned
+
+
+def test_a_tokenizer_class_that_decodes_by_itself_is_asked():
+    class Shouting(PreTrainedTokenizerFast):
+        def _decode(self, token_ids, **options):
+            return super()._decode(token_ids, **options).upper()
+
+    tokenizer = Shouting(tokenizer_object=wordpiece().backend_tokenizer, unk_token="[UNK]")
+    assert decoder_of(tokenizer)([1, 5]) == "ITSELF"
+
+
+def test_a_decoder_of_the_tokenizers_library_is_called_directly(tokenizer, monkeypatch):
+    monkeypatch.setattr(PreTrainedTokenizerFast, "decode", None)
+    assert decoder_of(tokenizer)(tokenizer.backend_tokenizer.encode("hello").ids) == "hello"

@@ -122,6 +122,29 @@ def test_text_is_that_of_the_tokens_and_counts_go_up(scripted_runner, tokenizer,
     assert [event.finish_reason for event in events] == [None] * 39 + ["length"]
 
 
+def test_tokens_are_told_while_the_next_step_is_computed(scripted_runner, engine_over, within, until):
+    """Not before: the event loop would take the interpreter from the thread that prepares the step."""
+    came, before = [], []
+
+    class Watching(scripted_runner):
+        def step(self, rows, meanwhile):
+            time.sleep(0.05)  # the loop is given its chance
+            before.append(len(came))
+            meanwhile()
+            until(lambda: len(came) == len(self.steps), "hearing of the last step's token")
+            return super().step(rows)
+
+    async def listen(engine):
+        async with aclosing(engine.generate(request(prompt(5), max_tokens=4))) as events:
+            async for event in events:
+                came.append(event)
+
+    with engine_over(Watching()) as engine:
+        within(listen(engine))
+    assert before == [0, 0, 1, 2]
+    assert len(came) == 4  # the last one too, though no step comes after it
+
+
 @pytest.mark.parametrize("blocks", [120, 24], ids=["ample", "preempting"])
 def test_a_seed_gives_the_same_answer_whatever_runs_beside(tiny, engine_over, within, blocks):
     mine = request(prompt(20), max_tokens=30, temperature=1.0, seed=11)
@@ -595,11 +618,11 @@ def test_running_out_of_memory_changes_no_token(tiny, engine_over, within, famil
     runner = paged(tiny(family), reuse=reuse)
     step, count = runner.step, [0]
 
-    def sometimes(rows):
+    def sometimes(rows, meanwhile):
         count[0] += 1
         if count[0] in (2, 12, 30):
             raise torch.OutOfMemoryError("CUDA out of memory")
-        return step(rows)
+        return step(rows, meanwhile)
 
     runner.step = sometimes
     with engine_over(runner) as engine:

@@ -293,6 +293,32 @@ def test_after_an_error_nothing_holds_the_steps_tensors(model_of):
     assert runner._current.step is None
 
 
+def test_meanwhile_is_called_once_when_the_layers_begin(model_of):
+    model, said = model_of(), []
+    runner = runner_of(model)
+    layers = model.model.layers
+    hooks = [
+        model.model.embed_tokens.register_forward_hook(lambda *_: said.append("embedded")),
+        *(layer.register_forward_hook(lambda *_: said.append("layer")) for layer in layers),
+    ]
+    runner.step([Row([5], 0, tables(model), True)], lambda: said.append("meanwhile"))
+    for hook in hooks:
+        hook.remove()
+    assert said == ["embedded", "meanwhile", *["layer"] * len(layers)]
+
+
+def test_what_a_failed_step_had_to_call_is_forgotten(model_of):
+    model, said = model_of(), []
+    runner = runner_of(model)
+    hook = model.model.embed_tokens.register_forward_hook(lambda *_: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        runner.step([Row([5], 0, tables(model), True)], lambda: said.append("meanwhile"))
+    hook.remove()
+    runner.recover()
+    runner.step([Row([5], 0, tables(model), True)])
+    assert said == []
+
+
 def test_a_device_that_cannot_add_is_lost(model_of, monkeypatch):
     runner = runner_of(model_of())
     runner.recover()
@@ -389,6 +415,16 @@ def test_recorded_steps_give_the_same_tokens(model_of, family, monkeypatch):
     server = Server(runner, PROMPTS, 25)
     assert server.run() == expected
     assert Recorded.replays > 10
+
+
+def test_meanwhile_is_called_when_a_recorded_step_has_been_launched(model_of, monkeypatch):
+    monkeypatch.setattr("service.engine.runner.backend_for", lambda layer, block_tokens: FromTensors)
+    model, said = model_of(), []
+    runner = runner_of(model, recorder=Recorded)
+    runner.rehearse()
+    Recorded.replays = 0
+    runner.step([Row([5], 0, tables(model), True)], lambda: said.append(Recorded.replays))
+    assert said == [1]
 
 
 def test_a_model_that_cannot_be_recorded_is_rehearsed_and_served_all_the_same(model_of):
