@@ -26,18 +26,19 @@ class Channel:
     def __init__(self) -> None:
         self.loop = asyncio.get_running_loop()
         self._items: deque[Chosen | EngineError] = deque()
-        self._filled = asyncio.Event()
+        self._waiter: asyncio.Future[None] | None = None  # there is one receiver, and a future is half an Event
 
     def put(self, item: Chosen | EngineError) -> None:
         self._items.append(item)
-        self._filled.set()
+        if self._waiter is not None and not self._waiter.done():
+            self._waiter.set_result(None)
 
     async def receive(self) -> list[Chosen]:
         """All that is there, at least one; waits for the first. Raises the error that was put in a token's
         place, once all before it has been received."""
-        while not self._items:
-            self._filled.clear()
-            await self._filled.wait()
+        if not self._items:
+            self._waiter = self.loop.create_future()
+            await self._waiter
         tokens: list[Chosen] = []
         while self._items:
             item = self._items[0]
