@@ -64,7 +64,8 @@ def streaming(body: Mapping[str, Any]) -> dict[str, Any]:
 
 def sample_of(started: float, arrived: Arrived) -> Sample:
     """What a stream said, read when it is over, so that reading it holds up no other one."""
-    times, usage = [], {}
+    times: list[float] = []
+    usage: dict[str, Any] = {}
     for at, event in _events(arrived):
         if "error" in event:
             raise ServerError(str(event["error"]))

@@ -139,7 +139,7 @@ def random_bytes(name: str, dims: tuple[int, ...], seed: int, device: str) -> me
     else:
         tensor = torch.empty(dims, dtype=torch.bfloat16, device=device)
         tensor.normal_(0, 0.02, generator=generator)
-    return memoryview(tensor.cpu().flatten().view(torch.uint8).numpy())
+    return tensor.cpu().flatten().view(torch.uint8).numpy().data
 
 
 def write_tokenizer(folder: Path, vocab_size: int) -> None:

@@ -1,16 +1,25 @@
-"""A plan as the Helm chart's values: what the pod asks for, and how long it may take to start."""
+"""A plan as the Helm chart's values: what the pod asks for, how long it may take to start, and the settings
+that make it the same plan there."""
 
 from __future__ import annotations
 
 from typing import Any
 
+from loader.batching import CONTINUOUS
 from loader.plan import Plan
 
-MiB = 2**20
+MiB, GiB = 2**20, 2**30
 # A network disk that has not read the shards before; local ones are ten times as fast.
 COLD_DISK_BYTES_PER_SECOND = 200_000_000
-# Imports, the tokenizer, and the rehearsal of the worst forward.
+# From the hub, where the pod has to get the model first.
+DOWNLOAD_BYTES_PER_SECOND = 25_000_000
+# Python, torch and transformers from a cold disk, the tokenizer, packing: the built-in model took 36 s on two
+# cores that eight other programs wanted too, 10 s on quieter ones.
 START_SECONDS = 60
+# A core without bf16 products, with others on it. 28e9 were seen.
+SLOW_CPU_OPERATIONS_PER_SECOND = 20_000_000_000
+# Chunks that the engine rehearses, of the longest that a step may have.
+REHEARSED_CHUNKS = 2
 PROBE_PERIOD_SECONDS = 5
 # What CUDA's libraries keep on the host beside the process itself: an estimate for torch 2.13, on the large
 # side.
@@ -22,20 +31,47 @@ MARGIN_PERCENT = 10
 
 
 def helm_values(plan: Plan) -> dict[str, Any]:
-    """Kubernetes quantities for `helm install --values`; memory in whole Mi, request and limit alike.
+    """Values for `helm install --values`: Kubernetes quantities, and keys of docs/config.md under `config`.
 
-    Equal request and limit keep the scheduler from promising memory that the plan counts on.
+    Memory is in whole Mi, request and limit alike: that keeps the scheduler from promising memory that the
+    plan counts on. The limits of `config` are those that were planned with, because what the pod would find
+    free is another figure. The volume has room for the model and its successor.
     """
     memory = f"{pod_memory_bytes(plan) // MiB}Mi"
     gpus = sum(device.startswith("cuda:") for device in plan.budget.compute)
     cards = {"nvidia.com/gpu": gpus} if gpus else {}
+    disk = {"ephemeral-storage": _whole(plan.spec.file_bytes, GiB, "Gi")} if _from_the_hub(plan) else {}
     return {
-        "resources": {"requests": {"memory": memory, **cards}, "limits": {"memory": memory, **cards}},
+        "config": {
+            "max_memory": _limits(plan),
+            "context": plan.context,
+            "concurrency": plan.concurrency,
+        },
+        "resources": {
+            "requests": {"memory": memory, **disk, **cards},
+            "limits": {"memory": memory, **cards},
+        },
+        "persistence": {"size": _whole(2 * plan.spec.file_bytes, GiB, "Gi")},
         "startupProbe": {
             "periodSeconds": PROBE_PERIOD_SECONDS,
             "failureThreshold": -(-start_seconds(plan) // PROBE_PERIOD_SECONDS),
         },
     }
+
+
+def _limits(plan: Plan) -> str:
+    """The budget in the form of `max_memory`: "0=16000000000,cpu=5000000000"."""
+    limits = plan.budget.limits.items()
+    return ",".join(f"{device.removeprefix('cuda:')}={n_bytes}" for device, n_bytes in limits)
+
+
+def _from_the_hub(plan: Plan) -> bool:
+    return plan.spec.revision is not None
+
+
+def _whole(n_bytes: int, unit: int, suffix: str) -> str:
+    """A quantity with a tenth to spare, in whole units."""
+    return f"{-(-n_bytes * 11 // (10 * unit))}{suffix}"
 
 
 def pod_memory_bytes(plan: Plan) -> int:
@@ -47,5 +83,25 @@ def pod_memory_bytes(plan: Plan) -> int:
 
 
 def start_seconds(plan: Plan) -> int:
-    """How long the slowest start may take: every shard from a cold disk, and the rest."""
-    return START_SECONDS + -(-plan.spec.file_bytes // COLD_DISK_BYTES_PER_SECOND)
+    """How long the slowest start may take: every shard from the hub or a cold disk, on the CPU the largest
+    steps on a slow one, and the rest."""
+    file_bytes = plan.spec.file_bytes
+    download = file_bytes // DOWNLOAD_BYTES_PER_SECOND if _from_the_hub(plan) else 0
+    rehearsal = _rehearsed_operations(plan) // SLOW_CPU_OPERATIONS_PER_SECOND
+    return START_SECONDS + download + -(-file_bytes // COLD_DISK_BYTES_PER_SECOND) + rehearsal
+
+
+def _rehearsed_operations(plan: Plan) -> int:
+    """On the CPU; a GPU is through in no time. Of layers that are alike one is rehearsed, if they are served
+    from blocks and nothing is offloaded."""
+    if plan.main_device != "cpu":
+        return 0
+    operations = 2 * _parameters(plan) * REHEARSED_CHUNKS * plan.chunk_tokens
+    if plan.batching != CONTINUOUS or plan.offloaded_bytes:
+        return operations
+    return operations * len(plan.kv.groups) // sum(len(group.layers) for group in plan.kv.groups)
+
+
+def _parameters(plan: Plan) -> int:
+    """Of the weights as they are held."""
+    return plan.weights_bytes // (4 if plan.dtype == "float32" else 2)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
+from dataclasses import replace
 
 from fastapi import FastAPI, Request
 from starlette.exceptions import HTTPException
@@ -18,21 +19,29 @@ from service.api.auth import ApiKeys
 from service.api.errors import answer
 from service.api.middleware import REQUEST_ID, BodyLimit, ErrorBoundary, Gate, RequestId
 from service.api.params import IGNORED_HEADER
+from service.backend import Backend, Progress
+from service.exemplars import Exemplars
 from service.lifecycle import Service, Start
-from service.metrics import Metrics
+from service.metrics.collector import Metrics
 from service.planning import served_name
 from service.settings import Settings
+from service.tracing import RequestSpans, Tracing
 
 EXPOSED_HEADERS = (REQUEST_ID, IGNORED_HEADER, "retry-after", "retry-after-ms")
 
 
-def create_app(settings: Settings, start: Start, plan: Plan | None = None) -> FastAPI:
+def create_app(
+    settings: Settings, start: Start, plan: Plan | None = None, tracing: Tracing | None = None
+) -> FastAPI:
     """The application; `start` loads the model on a thread once the application runs.
 
-    `app.state.service` is its Service. `plan` is for /metrics, which shows it while loading too.
+    `app.state.service` is its Service. `plan` is for /metrics, which shows it while loading too. `tracing` is
+    closed with the application.
     """
-    service = Service(served_name(settings), start, plan)
-    metrics = Metrics(service, version())
+    name = served_name(settings)
+    exemplars = Exemplars() if settings.exemplars == "on" else None
+    service = Service(name, _traced(start, tracing, name, exemplars) if tracing else start, plan)
+    metrics = Metrics(service, version(), settings.vllm_metrics == "on", exemplars)
 
     @asynccontextmanager
     async def lifespan(_app: FastAPI) -> AsyncIterator[None]:
@@ -40,14 +49,18 @@ def create_app(settings: Settings, start: Start, plan: Plan | None = None) -> Fa
         yield
         await service.close()
         metrics.close()
+        if tracing:
+            await tracing.close()
 
     app = FastAPI(
         title="snugfit",
         version=version(),
         lifespan=lifespan,
-        middleware=_middleware(settings, service),
+        middleware=_middleware(settings, service, tracing),
         docs_url=None,  # its page takes scripts from the network
         redoc_url=None,
+        # Its own telemetry would send exceptions with their messages, which may quote prompts.
+        telemetry={"tracing": False, "metrics": False, "logs": False, "auto_configure": False},
     )
     app.state.service, app.state.settings, app.state.metrics = service, settings, metrics
     app.add_exception_handler(HTTPException, _router_refusal)
@@ -56,7 +69,17 @@ def create_app(settings: Settings, start: Start, plan: Plan | None = None) -> Fa
     return app
 
 
-def _middleware(settings: Settings, service: Service) -> list[Middleware]:
+def _traced(start: Start, tracing: Tracing, name: str, exemplars: Exemplars | None) -> Start:
+    """`start`, with an engine whose answers are spans."""
+
+    def begin(progress: Progress) -> Backend:
+        backend = start(progress)
+        return replace(backend, engine=tracing.engine(backend.engine, name, exemplars))
+
+    return begin
+
+
+def _middleware(settings: Settings, service: Service, tracing: Tracing | None) -> list[Middleware]:
     """From the outside in. CORS stands outside of the errors: a browser hides those that come without it."""
     cors = Middleware(
         CORSMiddleware,
@@ -66,6 +89,7 @@ def _middleware(settings: Settings, service: Service) -> list[Middleware]:
         expose_headers=EXPOSED_HEADERS,
     )
     return [
+        *([Middleware(RequestSpans, tracing=tracing)] if tracing else []),
         Middleware(RequestId, service=service),
         *([cors] if settings.cors_origins else []),
         Middleware(ErrorBoundary),

@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import logging
 import threading
+import time
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field, replace
 from typing import Any, Protocol
+
+import psutil
 
 from service.engine.types import Engine
 from service.prompt.defaults import GenerationDefaults
@@ -98,14 +101,26 @@ class Progress:
     """Written by the loading thread, read by /ready. Every call is a point where loading can be cancelled."""
 
     def __init__(self) -> None:
-        self.state = LoadState("starting")
+        self.state = LoadState("starting")  # since the process began
+        self.took: dict[str, float] = {}  # seconds, of each phase that is over
+        self._entered = time.monotonic() - _process_age_s()
         self._cancelled = threading.Event()
 
     def enter(self, phase: str) -> None:
         """Begin a phase: words for a person. Raises LoadCancelled."""
         self._check()
+        self.leave()
         self.state = LoadState(phase)
         log.info("%s", phase)
+
+    def leave(self) -> None:
+        """The last phase is over."""
+        now = time.monotonic()
+        self.took = {
+            **self.took,
+            self.state.phase: now - self._entered,
+        }  # a scrape may be reading the old one
+        self._entered = now
 
     def __call__(self, done_bytes: int, total_bytes: int) -> None:
         """The callback that `loader.load` takes. Raises LoadCancelled."""
@@ -118,3 +133,8 @@ class Progress:
     def _check(self) -> None:
         if self._cancelled.is_set():
             raise LoadCancelled
+
+
+def _process_age_s() -> float:
+    """To a second: Linux tells the time it booted no better."""
+    return max(0.0, time.time() - psutil.Process().create_time())

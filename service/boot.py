@@ -14,6 +14,7 @@ from typing import Any
 from loader import probe
 from loader.errors import BadCheckpoint, OutOfMemory, OverBudget
 from loader.plan import Plan
+from service import logs
 from service.backend import Backend, Progress
 from service.load_bar import shown
 from service.prompt.defaults import GenerationDefaults
@@ -42,6 +43,7 @@ def start_backend(settings: Settings, plan: Plan, progress: Progress) -> Backend
 
     Raises LoaderError for what cannot be served, LoadCancelled when the service is to stop.
     """
+    progress.enter("importing torch")
     from service.engine.devices import out_of_memory
 
     opened = ExitStack()
@@ -60,6 +62,7 @@ def _open(settings: Settings, plan: Plan, progress: Progress, opened: ExitStack)
     from service.engine.engine import StepEngine
     from service.engine.runner import make_runner
 
+    logs.adopt_libraries()
     _prepare_cpu(settings)
     if plan.spec.path is None:
         progress.enter("downloading the model")

@@ -38,7 +38,9 @@ A flag wins over the environment, that over the file, that over the default.
 `snugfit plan` reads the same settings, and three flags of its own: `--gpu SIZE`, `--json`, `--helm-values`.
 """
 HEAD = "| flag | TOML key | environment | default | meaning |\n|---|---|---|---|---|"
-TITLES = {"model": "The model", "memory": "Memory", "http": "HTTP", "log": "Log"}
+TITLES = {
+    "model": "The model", "memory": "Memory", "http": "HTTP", "log": "Log", "telemetry": "Metrics and traces",
+}  # fmt: skip
 
 
 def page() -> str:

@@ -11,7 +11,13 @@ from loader.usage import Parser
 from service.settings import Settings, explain
 from service.sources import flag_name
 
-GROUPS = {"model": "model", "memory": "memory", "http": "HTTP", "log": "log"}
+GROUPS = {
+    "model": "model",
+    "memory": "memory",
+    "http": "HTTP",
+    "log": "log",
+    "telemetry": "metrics and traces",
+}
 LIST_FIELDS = frozenset({"api_key", "cors_origins"})
 
 

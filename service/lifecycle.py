@@ -124,8 +124,15 @@ class Service:
 
     def _load(self, loop: asyncio.AbstractEventLoop) -> None:
         try:
-            self.loaded = self._start(self.progress)
-            log.info("ready: %s", self.name)
+            loaded = self._start(self.progress)
+            self.progress.leave()
+            self.loaded = loaded
+            took = self.progress.took
+            words = ", ".join(f"{phase} {seconds:.1f}" for phase, seconds in took.items())
+            log.info(
+                "ready: %s, after %.1f s (%s)", self.name, sum(took.values()), words,
+                extra={"fields": {"start_seconds": {phase: round(took[phase], 3) for phase in took}}},
+            )  # fmt: skip
         except LoadCancelled:
             log.info("loading was cancelled")
         except BaseException as err:

@@ -32,7 +32,7 @@ def run(argv: Sequence[str]) -> int:
         raise UsageError(["--gpu and --max-memory: give one of them"])
     hidden = frozenset(ALTERNATIVES) if parsed.gpu is not None else frozenset()
     settings = load_settings(flags, parsed.config, hidden=hidden)
-    logs.to_stderr(settings.log_level)
+    logs.to_stderr(settings.log_level, settings.log_format)
     try:
         plan = make_plan_for(settings, parsed.gpu)
     except BudgetExceeded as err:

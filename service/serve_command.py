@@ -4,14 +4,17 @@ from __future__ import annotations
 
 import errno
 import ipaddress
+import logging
 import os
 import socket
 import sys
 from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
 from rich.console import Console
 
 from loader.errors import BudgetExceeded
+from loader.plan import Plan
 from loader.usage import Parser, UsageError
 from service import logs
 from service.flags import add_flags, typed_flags
@@ -20,6 +23,9 @@ from service.planning import make_plan_for, served_name
 from service.settings import Settings
 from service.show import print_misfit, print_plan
 from service.sources import load_settings
+
+if TYPE_CHECKING:
+    from service.tracing import Tracing
 
 BACKLOG = 2048
 # GNU OpenMP reads this when torch is imported. Its threads wait for each other by spinning; by default for
@@ -32,24 +38,27 @@ SOCKET_REASONS = {
     errno.EADDRNOTAVAIL: "is no address of this machine: choose one with --host",
 }
 
+log = logging.getLogger(__name__)
+
 
 def run(argv: Sequence[str]) -> int:
     """Plan, print the plan, and serve until a signal. The exit code of the server."""
     parsed = _parser().parse(argv)
     settings = load_settings(typed_flags(parsed), parsed.config)
-    logs.to_stderr(settings.log_level)
+    logs.to_stderr(settings.log_level, settings.log_format)
+    tracing = _tracing(settings)
     with listen(settings.host, settings.port) as listener:
         try:
             plan = make_plan_for(settings)
         except BudgetExceeded as err:
             print_misfit(err, retry_command("serve", argv, err), Console(stderr=True))
             raise
-        print_plan(plan)
-        _print_address(settings, listener)
+        _tell_plan(settings, plan)
+        _tell_address(settings, listener)
         os.environ.setdefault(*SHORTER_SPINS)
         from service.server import run as serve
 
-        return serve(settings, plan, listener)
+        return serve(settings, plan, listener, tracing)
 
 
 def _parser() -> Parser:
@@ -61,6 +70,16 @@ def _parser() -> Parser:
     )
     add_flags(parser)
     return parser
+
+
+def _tracing(settings: Settings) -> Tracing | None:
+    if settings.exemplars == "on" and settings.traces == "off":
+        raise UsageError(["--exemplars on names traces, and --traces is off: turn it on too"])
+    if settings.traces == "off":
+        return None
+    from service.tracing import begin
+
+    return begin()
 
 
 def listen(host: str, port: int) -> socket.socket:
@@ -83,12 +102,30 @@ def url_of(listener: socket.socket) -> str:
     return f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
 
 
-def _print_address(settings: Settings, listener: socket.socket) -> None:
+def _tell_plan(settings: Settings, plan: Plan) -> None:
+    """As a table for a person, or as a line of the log for whoever collects only those."""
+    if settings.log_format == "text":
+        return print_plan(plan)
+    numbers = ("weights_bytes", "offloaded_bytes", "kv_tokens", "context", "concurrency", "chunk_tokens")
+    devices = {
+        device.device: {"budget_bytes": device.budget_bytes, "peak_bytes": device.peak_bytes}
+        for device in plan.devices
+    }
+    fields = {name: getattr(plan, name) for name in numbers}
+    log.info("planned: %s", plan.spec.source, extra={"fields": {"plan": {**fields, "devices": devices}}})
+
+
+def _tell_address(settings: Settings, listener: socket.socket) -> None:
     url = url_of(listener)
-    print(f"{served_name(settings)} will answer at {url}/v1 when it is loaded ({url}/ready)")
-    if not settings.api_keys and not ipaddress.ip_address(listener.getsockname()[0]).is_loopback:
-        print(
-            f"No API key is set: whoever reaches {settings.host}:{settings.port} may use it (--api-key)",
-            file=sys.stderr,
-        )
+    answers = f"{served_name(settings)} will answer at {url}/v1 when it is loaded ({url}/ready)"
+    exposed = not settings.api_keys and not ipaddress.ip_address(listener.getsockname()[0]).is_loopback
+    warning = f"No API key is set: whoever reaches {settings.host}:{settings.port} may use it (--api-key)"
+    if settings.log_format == "json":
+        log.info("%s", answers)
+        if exposed:
+            log.warning("%s", warning)
+        return
+    print(answers)
+    if exposed:
+        print(warning, file=sys.stderr)
     sys.stdout.flush()

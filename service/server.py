@@ -2,6 +2,8 @@
 
 uvicorn closes its listening socket as soon as it is told to stop, and new requests would find no server. Here
 the first signal starts draining: the socket stays open, what runs goes on, the rest is answered with 503.
+Connections that wait for their next request are closed at once, the others after their response, so that
+whoever keeps them open turns to another replica.
 """
 
 from __future__ import annotations
@@ -20,6 +22,7 @@ from loader.plan import Plan
 from service.app import create_app
 from service.lifecycle import Service
 from service.settings import Settings
+from service.tracing import Tracing
 
 POLL_SECONDS = 0.05
 LAST_FRAMES_SECONDS = 2  # for what was cut off to tell its client
@@ -28,14 +31,14 @@ IDLE_CONNECTION_SECONDS = 75  # more than the 60 s of common load balancers
 log = logging.getLogger(__name__)
 
 
-def run(settings: Settings, plan: Plan, listener: socket.socket) -> int:
+def run(settings: Settings, plan: Plan, listener: socket.socket, tracing: Tracing | None = None) -> int:
     """Serve until a signal. The exit code: 0, or 128 + signal when a second one cut the draining short.
 
     Raises what loading raised: a LoaderError has its own exit code.
     """
     from service.boot import start_backend
 
-    return serve(create_app(settings, partial(start_backend, settings, plan), plan), listener)
+    return serve(create_app(settings, partial(start_backend, settings, plan), plan, tracing), listener)
 
 
 def serve(app: FastAPI, listener: socket.socket) -> int:
@@ -85,12 +88,22 @@ class DrainingServer(uvicorn.Server):
     async def _stop(self) -> None:
         log.info("stopping: %d requests are being answered", self._service.active)
         self._service.drain()
+        self._let_connections_go()
         try:
             if not await self._idle_in_time():
                 log.warning("stopping: %d requests are cut off", self._service.active)
                 await self._service.close()  # ends them with an error that their clients see
         finally:
             self.should_exit = True
+
+    def _let_connections_go(self) -> None:
+        """Close those that were answered and wait for the next request; the others close when they are done.
+
+        One that has not asked anything yet is about to, and is told by its answer.
+        """
+        for connection in list(self.server_state.connections):
+            if getattr(connection, "cycle", None) is not None:
+                connection.shutdown()
 
     async def _idle_in_time(self) -> bool:
         """Wait for the last request; False when the limit passes or a second signal comes before."""

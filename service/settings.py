@@ -30,7 +30,7 @@ def _option(group: str, default: Any, metavar: str, accepts: str, meaning: str) 
 
 
 _model, _memory = partial(_option, "model"), partial(_option, "memory")
-_http, _log = partial(_option, "http"), partial(_option, "log")
+_http, _log, _telemetry = partial(_option, "http"), partial(_option, "log"), partial(_option, "telemetry")
 
 
 def _split_commas(value: object) -> object:
@@ -184,6 +184,23 @@ class Settings(BaseSettings):
     log_level: Literal["debug", "info", "warning", "error"] = _log(
         "info", "LEVEL", "debug, info, warning or error",
         "How much is logged to stderr: debug (with tracebacks), info, warning or error.",
+    )
+    log_format: Literal["text", "json"] = _log(
+        "text", "FORM", "text or json",
+        "How a log line looks: text, for a person, or json, one object a line, for a log collector.",
+    )
+    traces: Literal["on", "off"] = _telemetry(
+        "off", "MODE", "on or off",
+        "Whether requests are traced with OpenTelemetry, which the OTEL_… variables configure. Needs "
+        "snugfit[otel].",
+    )
+    exemplars: Literal["on", "off"] = _telemetry(
+        "off", "MODE", "on or off",
+        "Whether histograms name a trace for each bucket, to who scrapes OpenMetrics. Needs traces.",
+    )
+    vllm_metrics: Literal["on", "off"] = _telemetry(
+        "off", "MODE", "on or off",
+        "Whether /metrics shows the engine under vLLM's names too, for who knows only those.",
     )
     # fmt: on
 

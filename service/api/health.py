@@ -10,7 +10,7 @@ from starlette.responses import Response
 from service.api.errors import retry_after
 from service.api.schemas import Health, Readiness
 from service.lifecycle import Loading, Service
-from service.metrics import Metrics
+from service.metrics.collector import Metrics
 
 router = APIRouter()
 

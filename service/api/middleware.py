@@ -1,6 +1,7 @@
 """What wraps every request, as plain ASGI: Starlette's BaseHTTPMiddleware hides that a client has left.
 
-From the outside in: RequestId, CORS, ErrorBoundary, ApiKeys, BodyLimit, Gate.
+From the outside in: RequestId, CORS, ErrorBoundary, ApiKeys, BodyLimit, Gate. Where requests are traced,
+`service.tracing.RequestSpans` stands outside of them all.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ from uuid import uuid4
 from starlette.datastructures import Headers, MutableHeaders
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
+from service import logs
 from service.api.errors import BodyTooLarge, answer
 from service.lifecycle import Draining, Service
 
@@ -26,7 +28,11 @@ log = logging.getLogger("service.access")
 
 
 class RequestId:
-    """Gives every response the client's x-request-id or a new one, counts it and logs a line about it."""
+    """Gives every response the client's x-request-id or a new one, counts it and logs a line about it.
+
+    While the service drains, a response also ends its connection: a proxy that keeps connections open would
+    send the next request down the same one, and find nobody.
+    """
 
     def __init__(self, app: ASGIApp, service: Service) -> None:
         self._app, self._service = app, service
@@ -36,13 +42,18 @@ class RequestId:
             return await self._app(scope, receive, send)
         given = Headers(scope=scope).get(REQUEST_ID, "")
         request_id = given if SANE_ID.fullmatch(given) else f"req_{uuid4().hex}"
+        # Not reset: a request is a task of its own, and what went wrong is logged by uvicorn, after us.
+        logs.request_id.set(request_id)
         begun, status = time.monotonic(), CLIENT_GONE
 
         async def tagged(message: Message) -> None:
             nonlocal status
             if message["type"] == "http.response.start":
                 status = message["status"]
-                MutableHeaders(scope=message)[REQUEST_ID] = request_id
+                headers = MutableHeaders(scope=message)
+                headers[REQUEST_ID] = request_id
+                if self._service.draining:
+                    headers["connection"] = "close"
             await send(message)
 
         try:
@@ -54,9 +65,12 @@ class RequestId:
         probe = scope["path"] in PROBES
         if not probe:
             self._service.responses[status] += 1
+        method, path = scope["method"], quote(scope["path"])
+        fields = {"method": method, "path": path, "status": status, "seconds": round(seconds, 4)}
         log.log(
             logging.DEBUG if probe else logging.INFO,
-            "%s %s %d %.3f s %s", scope["method"], quote(scope["path"]), status, seconds, request_id,
+            "%s %s %d %.3f s %s", method, path, status, seconds, request_id,
+            extra={"fields": fields},
         )  # fmt: skip
 
 

@@ -37,7 +37,8 @@ class Answer:
         if reason:
             text += self._show(self._detokenizer.flush()) + self._stops.flush()
             reason = "stop" if self.stopped else reason
-        return TokenEvent(text, chosen.token_id, self._tokens, reason, chosen.logprobs, chosen.cached_tokens)
+        about = chosen.logprobs, chosen.cached_tokens, chosen.queued_s
+        return TokenEvent(text, chosen.token_id, self._tokens, reason, *about)
 
     def _show(self, text: str) -> str:
         return self._stops.push(text, may_end=self._tokens > self._min_tokens)

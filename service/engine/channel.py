@@ -18,6 +18,7 @@ class Chosen:
     finish_reason: str | None = None  # "stop": it is one of stop_token_ids; "length": no further one may come
     logprobs: Logprobs | None = None
     cached_tokens: int = 0  # of the prompt
+    queued_s: float = 0.0  # before the first step
 
 
 class Channel:
@@ -26,7 +27,7 @@ class Channel:
     def __init__(self) -> None:
         self.loop = asyncio.get_running_loop()
         self._items: deque[Chosen | EngineError] = deque()
-        self._waiter: asyncio.Future[None] | None = None  # there is one receiver, and a future is half an Event
+        self._waiter: asyncio.Future[None] | None = None  # of the one receiver; half an Event
 
     def put(self, item: Chosen | EngineError) -> None:
         self._items.append(item)

@@ -228,7 +228,8 @@ class StepEngine:
         reason = self._reason(sequence, choice.token_id)
         if reason:
             count.ended.append(self._remove(sequence, reason))
-        self._outbox.put(sequence.channel, Chosen(choice.token_id, reason, choice.logprobs, sequence.cached))
+        chosen = Chosen(choice.token_id, reason, choice.logprobs, sequence.cached, sequence.queued_s)
+        self._outbox.put(sequence.channel, chosen)
 
     def _reason(self, sequence: Sequence, token_id: int) -> str | None:
         params = sequence.request.params

@@ -87,7 +87,7 @@ class FakeEngine:
             self._meter.place([started - arrived], 0, self._occupancy())
             async for event in self._events(request):
                 reason = event.finish_reason or reason
-                yield event
+                yield replace(event, queued_s=started - arrived)
         except (StepFailed, EngineDead):
             reason = "error"
             raise

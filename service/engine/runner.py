@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable
 from collections.abc import Sequence as Ids
+from contextlib import nullcontext
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
@@ -24,6 +25,7 @@ from service.engine.graphs import CudaRecorder, DecodeGraphs, Recorder
 from service.engine.pool import LayerShape, LayerStore
 from service.engine.proof import prove
 from service.engine.rehearsal import rehearse_choice, worst_steps
+from service.engine.repeats import Repeats
 from service.engine.rows import Row, nothing
 from service.engine.single import SingleRunner
 
@@ -104,6 +106,9 @@ class Runner:
         except BaseException:
             self._attached.close()
             raise
+        # On a CPU two large chunks take as long as a hundred answers. What is offloaded has to be read.
+        on_a_cpu = self._device.type == "cpu" and not self._hooked()
+        self._repeats = Repeats(model, layout) if on_a_cpu else None
         if recorder is not None or self._recordable():
             self._graphs = DecodeGraphs(
                 self._batcher, self._forward, concurrency, recorder or CudaRecorder(self._device)
@@ -137,14 +142,15 @@ class Runner:
         """The worst steps there can be, so that the memory measured afterwards is the real peak.
 
         Records the graphs first: what they hold is beside what any step needs. Blocks keep what is written
-        here; nobody looks for it.
+        here; nobody looks for it. On a CPU only one layer of each kind computes.
         """
         if self._graphs is not None:
             single = worst_steps(self.layout, self.context, 1, 1)[0][0]
             if not self._graphs.record(single):
                 self._graphs = None
-        for rows in worst_steps(self.layout, self.context, self.concurrency, self.chunk_tokens):
-            logits = self._forward(self._batcher.build(rows))
+        with self._repeats.left_out() if self._repeats else nullcontext():
+            for rows in worst_steps(self.layout, self.context, self.concurrency, self.chunk_tokens):
+                logits = self._forward(self._batcher.build(rows))
         rehearse_choice(logits, self.context)
 
     def close(self) -> None:
@@ -155,7 +161,7 @@ class Runner:
             self._graphs.close()
         self._attached.close()
         self._current.step = None
-        self._model, self._stores = None, {}
+        self._model, self._repeats, self._stores = None, None, {}
 
     def _forward(self, step: Step) -> torch.Tensor:
         """Logits [samples, vocab] of the step's `keep`."""
@@ -196,11 +202,15 @@ class Runner:
     def _backend(self, index: int) -> type[Backend]:
         return backend_for(self._shapes[index], self.layout.block_tokens)
 
+    def _hooked(self) -> bool:
+        """Whether weights are copied in when they are needed."""
+        return any(hasattr(module, "_hf_hook") for module in self._model.modules())
+
     def _recordable(self) -> bool:
         """Whether a decode step is kernels on one GPU and nothing else: no weight is copied in."""
         return (
             self._device.type == "cuda"
             and all(self._backend(index).recordable for index in self._shapes)
-            and not any(hasattr(module, "_hf_hook") for module in self._model.modules())
+            and not self._hooked()
             and {x.device for x in self._model.state_dict().values()} == {self._device}
         )

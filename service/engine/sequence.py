@@ -31,6 +31,11 @@ class Sequence:
         self.tokens = list(self.request.prompt_ids)
 
     @property
+    def queued_s(self) -> float:
+        """How long it waited for its first step; 0 as long as it does."""
+        return 0.0 if self.admitted is None else self.admitted - self.arrived
+
+    @property
     def prompt_tokens(self) -> int:
         return len(self.request.prompt_ids)
 

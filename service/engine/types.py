@@ -62,6 +62,7 @@ class TokenEvent:
     finish_reason: str | None = None  # "stop" | "length"
     logprobs: Logprobs | None = None
     cached_tokens: int = 0  # of the prompt, that were in the KV pool and not computed again
+    queued_s: float = 0.0  # that the request waited before its first step
 
 
 class EngineError(Exception):

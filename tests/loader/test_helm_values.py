@@ -1,6 +1,7 @@
 """loader/helm_values.py: a plan as the chart's values."""
 
 import re
+from dataclasses import replace
 
 import pytest
 
@@ -8,12 +9,14 @@ from loader.budget import MemoryBudget
 from loader.checkpoint import read
 from loader.helm_values import (
     CUDA_HOST_BYTES,
+    DOWNLOAD_BYTES_PER_SECOND,
     PROBE_PERIOD_SECONDS,
     helm_values,
     pod_memory_bytes,
     start_seconds,
 )
 from loader.plan import make_plan
+from loader.probe import Machine
 
 GB = 10**9
 MIB = 2**20
@@ -82,6 +85,46 @@ def test_the_probe_waits_as_long_as_the_slowest_start(plan):
     waits = probe["periodSeconds"] * probe["failureThreshold"]
     assert start_seconds(plan) <= waits < start_seconds(plan) + PROBE_PERIOD_SECONDS
     assert start_seconds(plan) >= 60 + plan.spec.file_bytes / 200_000_000
+
+
+def rehearsal_seconds(plan, gpu):
+    """What the start takes more than on a GPU, where nothing is counted for it."""
+    return start_seconds(plan) - start_seconds(gpu)
+
+
+def test_the_largest_steps_take_their_time_on_a_cpu(spec):
+    """2 chunks of 2048 tokens through one of 28 layers, or through all where some are on disk."""
+    cpu, spilled, gpu = (
+        make_plan(spec, BUDGETS[name])
+        for name in ("on the CPU", "on the CPU with the rest on disk", "on a GPU")
+    )
+    chunk_s = 2 * 7.6e9 * 2 / 20e9
+    assert rehearsal_seconds(cpu, gpu) == pytest.approx(chunk_s * cpu.chunk_tokens / 28, rel=0.05)
+    assert rehearsal_seconds(spilled, gpu) == pytest.approx(chunk_s * spilled.chunk_tokens, rel=0.05)
+
+
+def test_a_model_of_the_hub_is_given_time_and_room_to_come(plan):
+    remote = replace(plan, spec=replace(plan.spec, revision="main"))
+    longer = start_seconds(remote) - start_seconds(plan)
+    assert longer == pytest.approx(plan.spec.file_bytes / DOWNLOAD_BYTES_PER_SECOND, abs=1)
+    assert "ephemeral-storage" not in helm_values(plan)["resources"]["requests"]
+    room = helm_values(remote)["resources"]["requests"]["ephemeral-storage"]
+    assert int(room.removesuffix("Gi")) * 2**30 >= 1.1 * plan.spec.file_bytes
+
+
+def test_the_volume_has_room_for_the_model_and_its_successor(plan):
+    size = int(helm_values(plan)["persistence"]["size"].removesuffix("Gi")) * 2**30
+    assert 2.2 * plan.spec.file_bytes <= size < 2.2 * plan.spec.file_bytes + 2**30
+
+
+def test_with_the_settings_among_the_values_a_pod_makes_the_same_plan(spec, plan):
+    """Whatever it finds free itself."""
+    config = helm_values(plan)["config"]
+    pod = Machine(ram_total_bytes=3 * GB, ram_free_bytes=2 * GB)
+    budget = MemoryBudget.parse(None, config["max_memory"], "auto", pod)
+    same = make_plan(spec, budget, config["context"], config["concurrency"])
+    assert (same.device_map, same.kv, same.chunk_tokens) == (plan.device_map, plan.kv, plan.chunk_tokens)
+    assert [device.peak_bytes for device in same.devices] == [device.peak_bytes for device in plan.devices]
 
 
 def test_a_larger_model_is_given_longer_to_start(tmp_path, fake_checkpoint, configs, spec):

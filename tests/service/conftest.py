@@ -44,7 +44,7 @@ class ScriptedEngine:
         self.pieces, self.finish, self.hold_at = tuple(pieces), finish, hold_at
         self.raise_at, self.error = raise_at, error
         self.requests, self.aborted, self.running, self.ended = [], [], 0, 0
-        self.alive = True
+        self.alive, self.queued_s = True, 0.0
         self._released = threading.Event()
 
     def release(self):
@@ -58,7 +58,7 @@ class ScriptedEngine:
             for i, piece in enumerate(self.pieces):
                 await self._hold(i)
                 last = i + 1 == len(self.pieces)
-                yield TokenEvent(piece, i, i + 1, self.finish if last else None)
+                yield TokenEvent(piece, i, i + 1, self.finish if last else None, queued_s=self.queued_s)
             complete = True
         finally:
             self.running -= 1
@@ -175,8 +175,9 @@ def plan():
 @pytest.fixture
 def build(plan):
     """Makes an application that is not running: `build(engine, start=None, **settings)`."""
+    usual = plan
 
-    def make(engine=None, start=None, **settings):
+    def make(engine=None, start=None, plan=usual, tracing=None, **settings):
         from service.app import create_app  # late: most tests beside these need no server
 
         engine, template = engine or ScriptedEngine(), WordTemplate()
@@ -190,7 +191,7 @@ def build(plan):
             )  # fmt: skip
 
         known = {"served_model_name": NAME, "drain_seconds": 5.0, **settings}
-        return Live(create_app(Settings(**known), start or instant, plan), engine, template)
+        return Live(create_app(Settings(**known), start or instant, plan, tracing), engine, template)
 
     return make
 

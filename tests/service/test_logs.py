@@ -1,22 +1,44 @@
+"""service/logs.py: what a line looks like, whose lines there are, and what is in none of them."""
+
+import json
 import logging
 import re
+import warnings
+from collections import Counter
 
+import httpx
 import pytest
 
 from service import logs
+from service.engine.types import StepFailed
+from service.prompt.template import TemplateRefused
 
-PACKAGES = ("loader", "service")
+PACKAGES = ("loader", "service", *logs.TALKERS, None)
+CANARY = "xyzzy-canary"
+RFC3339 = re.compile(r"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d\.\d{3}Z")
 
 
 @pytest.fixture(autouse=True)
 def as_before():
     """`to_stderr` changes loggers of the whole process."""
     loggers = [logging.getLogger(name) for name in PACKAGES]
-    before = [(logger.handlers, logger.level, logger.propagate) for logger in loggers]
+    before = [(list(logger.handlers), logger.level, logger.propagate) for logger in loggers]
     yield
     for logger, (handlers, level, propagate) in zip(loggers, before, strict=True):
         logger.handlers, logger.propagate = handlers, propagate
         logger.setLevel(level)
+    logging.captureWarnings(False)
+
+
+@pytest.fixture
+def within_a_request():
+    token = logs.request_id.set("req_1")
+    yield
+    logs.request_id.reset(token)
+
+
+def objects(text):
+    return [json.loads(line) for line in text.splitlines()]
 
 
 def say(logger, level=logging.INFO, text="it is said"):
@@ -68,3 +90,157 @@ def test_other_libraries_are_left_alone():
     before = [(list(logger.handlers), logger.level, logger.propagate) for logger in others]
     logs.to_stderr("debug")
     assert [(list(logger.handlers), logger.level, logger.propagate) for logger in others] == before
+
+
+def test_a_json_line_is_one_object_with_the_time_in_utc(capsys):
+    logs.to_stderr("info", "json")
+    logging.getLogger("service.app").warning("two\nlines of %s", "text", extra={"fields": {"status": 200}})
+    (line,) = objects(capsys.readouterr().err)
+    assert RFC3339.fullmatch(line.pop("time"))
+    assert line == {
+        "level": "warning", "logger": "service.app", "message": "two\nlines of text", "status": 200,
+    }  # fmt: skip
+
+
+def test_a_json_line_names_the_request_it_belongs_to(capsys, within_a_request):
+    logs.to_stderr("info", "json")
+    token = logs.trace_id.set("0af7")
+    say("service.app")
+    logs.trace_id.reset(token)
+    (line,) = objects(capsys.readouterr().err)
+    assert (line["request_id"], line["trace_id"]) == ("req_1", "0af7")
+
+
+@pytest.mark.parametrize("name", ["uvicorn.error", "asyncio", "transformers.models", "huggingface_hub.file"])
+def test_in_json_other_libraries_warnings_are_lines_of_the_same_kind(capsys, name):
+    library = logging.getLogger(name.partition(".")[0])
+    library.handlers, library.propagate = [logging.StreamHandler()], False  # as transformers does it
+    logs.to_stderr("info", "json")
+    if library.name in logs.TALKERS:
+        logs.adopt_libraries()
+    else:
+        library.handlers, library.propagate = [], True
+    say(name, logging.INFO, "not this")
+    say(name, logging.WARNING, "but this")
+    assert [line["message"] for line in objects(capsys.readouterr().err)] == ["but this"]
+
+
+def test_in_json_pythons_own_warnings_are_lines_too(capsys):
+    logs.to_stderr("info", "json")
+    warnings.warn("it is old", DeprecationWarning, stacklevel=1)
+    (line,) = objects(capsys.readouterr().err)
+    assert line["logger"] == "py.warnings"
+    assert "it is old" in line["message"]
+
+
+def test_transformers_keeps_its_own_lines_where_ours_are_text(capsys):
+    logs.to_stderr("info")
+    transformers = logging.getLogger("transformers")
+    transformers.handlers = own = [logging.StreamHandler()]
+    logs.adopt_libraries()
+    assert transformers.handlers is own
+
+
+@pytest.mark.parametrize("form", ["text", "json"])
+def test_an_exception_is_told_with_its_place_and_its_cause(capsys, form):
+    logs.to_stderr("info", form)
+    try:
+        try:
+            raise KeyError("the cause")
+        except KeyError as err:
+            raise StepFailed("the effect") from err
+    except StepFailed:
+        logging.getLogger("service.app").exception("it failed")
+    text = capsys.readouterr().err
+    if form == "json":
+        (line,) = objects(text)
+        text = line["exception"]
+    assert text.index("KeyError: 'the cause'") < text.index("service.engine.types.StepFailed: the effect")
+    assert text.count("test_logs.py") == 2
+
+
+@pytest.mark.parametrize("form", ["text", "json"])
+@pytest.mark.parametrize(
+    ("error", "shown"),
+    [
+        (ValueError(CANARY), False),
+        (TemplateRefused(CANARY), False),
+        (UnicodeEncodeError("ascii", CANARY, 0, 1, CANARY), False),
+        (StepFailed("the device said no"), True),
+    ],
+)
+def test_within_a_request_an_exceptions_message_is_shown_only_where_it_cannot_quote(
+    capsys, within_a_request, form, error, shown
+):
+    logs.to_stderr("debug", form)
+    logging.getLogger("service.api.errors").error("it failed", exc_info=error)
+    text = capsys.readouterr().err
+    assert type(error).__name__ in text
+    assert ("the device said no" in text) == shown
+    assert CANARY not in text
+
+
+@pytest.mark.parametrize("form", ["text", "json"])
+def test_no_line_has_a_prompt_an_answer_or_a_key_in_it(running, scripted, capsys, form, until):
+    """Whatever is asked, whatever goes wrong, at the level that tells most."""
+    logs.to_stderr("debug", form)
+    words = [{"role": "user", "content": f"say {CANARY}"}]
+    answers = scripted(pieces=(CANARY, "!"))
+    with running(answers, log_level="debug", log_format=form, api_key=[f"{CANARY}-key"]) as live:
+        key = {"authorization": f"Bearer {CANARY}-key"}
+        assert CANARY in live.post(headers=key, messages=words).text
+        assert CANARY in live.post(headers=key, messages=words, stream=True).text
+        url = f"{live.url}/v1/chat/completions"
+        refused = [
+            live.post(headers={"authorization": f"Bearer {CANARY}"}, messages=words),
+            live.post(headers=key, messages=words, model=CANARY),
+            live.post(headers=key, messages=words, stop=[CANARY] * 99),
+            live.post(headers=key, messages=[{"role": CANARY, "content": CANARY}]),
+            live.post(headers=key, messages=words, tools=[{"type": CANARY}]),
+            live.post(headers=key, messages=words, user=CANARY, response_format={"type": CANARY}),
+            httpx.post(url, headers={**key, "content-type": "application/json"}, content=f'{{"{CANARY}'),
+            httpx.get(f"{live.url}/v1/models?x={CANARY}", headers=key),
+        ]
+        assert {response.status_code for response in refused} <= {200, 400, 401, 404}
+        live.template.encode = lambda _messages: {}[CANARY]
+        assert live.post(headers=key, messages=words).status_code == 500
+        live.template.encode = lambda _messages: (1, 2)
+        answers.raise_at, answers.error = 0, RuntimeError(f"no such word: {CANARY}")
+        assert live.post(headers=key, messages=words).status_code == 500
+        answers.raise_at = 1  # after the first byte
+        assert "internal_error" in live.post(headers=key, messages=words, stream=True).text
+        until(lambda: sum(live.service.responses.values()) == 13, "the last line")
+    text = capsys.readouterr().err
+    assert text.count("a request failed") == 3
+    assert text.count("/v1/chat/completions") >= 12
+    assert CANARY not in text
+    if form == "json":
+        access = [line for line in objects(text) if line["logger"] == "service.access"]
+        assert len(access) == 13
+        assert all({"request_id", "method", "path", "status", "seconds"} <= line.keys() for line in access)
+        failed = [line for line in objects(text) if "exception" in line]
+        assert {line["request_id"] for line in failed} <= {line["request_id"] for line in access}
+
+
+class Uncountable(Counter):
+    def __missing__(self, status):
+        raise KeyError(CANARY)
+
+
+def test_what_uvicorn_logs_after_us_has_no_prompt_in_it_either(live, capsys, until):
+    """Nothing of ours catches what the outermost middleware raises."""
+    logs.to_stderr("debug", "json")
+    live.service.responses = Uncountable()
+    live.post()
+    lines = []
+
+    def of_uvicorn():
+        lines.extend(objects(capsys.readouterr().err))
+        return [line for line in lines if line["logger"] == "uvicorn.error"]
+
+    until(of_uvicorn, "its line")
+    live.service.responses = Counter()
+    (line,) = of_uvicorn()
+    assert line["exception"].endswith("KeyError (its message is left out: it may quote the request)")
+    assert line["request_id"]
+    assert CANARY not in json.dumps(line)

@@ -27,7 +27,7 @@ def alone(monkeypatch):
     """Nothing of this machine's environment, no change of the process's loggers, and a shell's quoting."""
     for name in [name for name in os.environ if name.upper().startswith("SNUGFIT_")]:
         monkeypatch.delenv(name)
-    monkeypatch.setattr("service.logs.to_stderr", lambda level: None)
+    monkeypatch.setattr("service.logs.to_stderr", lambda *_: None)
     monkeypatch.setattr(misfit.sys, "platform", "linux")
 
 

@@ -32,6 +32,14 @@ def toml(tmp_path):
     return write
 
 
+def test_the_variables_of_other_tools_are_theirs(monkeypatch):
+    for name in ("OTEL_SERVICE_NAME", "OTEL_EXPORTER_OTLP_ENDPOINT", "OTEL_TRACES_EXPORTER"):
+        monkeypatch.setenv(name, "http://collector:4318")
+    monkeypatch.setenv("SNUGFIT_TRACES", "on")
+    assert load_settings({}).traces == "on"
+    assert os.environ["OTEL_SERVICE_NAME"] == "http://collector:4318"
+
+
 def refusal(flags=None, config=None):
     with pytest.raises(UsageError) as refused:
         load_settings(flags or {}, config)

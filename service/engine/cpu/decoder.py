@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from ctypes import c_int64
 from typing import Any
 
@@ -93,7 +94,18 @@ class PackedStack(nn.Module):
     def __init__(self, kernels: Kernels, layers: Sequence[PackedDecoderLayer], scratch: Scratch) -> None:
         super().__init__()
         self.layers = nn.ModuleList(layers)
-        self._run = _Run(kernels, layers, scratch)
+        firsts = {layer.group: layer for layer in reversed(layers)}
+        self._run = self._whole = _Run(kernels, layers, scratch)
+        self._firsts = _Run(kernels, [*firsts.values()], scratch)
+
+    @contextmanager
+    def repeats_left_out(self) -> Iterator[None]:
+        """Meanwhile only the first layer of each group computes: they are of one shape."""
+        self._run = self._firsts
+        try:
+            yield
+        finally:
+            self._run = self._whole
 
     def forward(self, hidden_states: torch.Tensor, position_embeddings: Tables, **_more: Any) -> torch.Tensor:
         return self._run(hidden_states, position_embeddings)

@@ -308,6 +308,23 @@ def test_as_many_as_may_wait_wait_and_the_next_is_refused(scripted_runner, engin
         assert engine.stats().rejected == 1
 
 
+def test_an_event_tells_how_long_its_request_waited_for_its_first_step(scripted_runner, engine_over, within):
+    runner = scripted_runner(concurrency=1, gate_open=False)
+
+    async def crowd(engine):
+        tasks = [asyncio.create_task(collect(engine, request(name=str(i)))) for i in range(2)]
+        await asyncio.sleep(0.1)
+        runner.gate.set()
+        return await asyncio.gather(*tasks)
+
+    with engine_over(runner) as engine:
+        first, second = within(crowd(engine))
+        total = engine.stats().queue_time.total
+    (waited,), (waited_longer,) = ({event.queued_s for event in events} for events in (first, second))
+    assert waited < 0.1 <= waited_longer + 0.02  # the second came a moment after the first
+    assert total == pytest.approx(waited + waited_longer)
+
+
 def test_who_waits_too_long_is_told_so_and_who_runs_goes_on(scripted_runner, engine_over, within, until):
     runner = scripted_runner(concurrency=1, gate_open=False)
 

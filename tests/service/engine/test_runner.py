@@ -237,6 +237,20 @@ def test_a_rehearsal_has_the_largest_steps_there_can_be(model_of, concurrency, c
     assert {span.length for batch in steps for span in batch.spans} == {CONTEXT}
 
 
+@pytest.mark.parametrize(
+    ("family", "kinds"), [("qwen2", 1), ("gemma2", 2), ("gemma3_text", 2), ("qwen3_moe", 1)]
+)
+def test_on_a_cpu_one_layer_of_each_kind_is_rehearsed(model_of, family, kinds):
+    model = model_of(family)
+    runner = runner_of(model)
+    calls = []
+    for layer in model.model.layers:
+        layer.self_attn.register_forward_hook(lambda module, *_: calls.append(module.layer_idx))
+    runner.rehearse()
+    assert len(set(calls)) == kinds
+    assert len(calls) == 3 * kinds  # of the three largest steps
+
+
 @pytest.mark.parametrize("family", ["qwen2", "mistral", "gemma2"])
 def test_nothing_grows_while_stepping(model_of, family):
     runner = runner_of(model_of(family))

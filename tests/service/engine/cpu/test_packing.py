@@ -9,7 +9,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from loader.kv_layout import KvGroup, KvLayout
 from service.engine.cpu import packing
-from service.engine.cpu.decoder import PackedDecoderLayer
+from service.engine.cpu.decoder import PackedDecoderLayer, PackedStack
 from service.engine.cpu.modules import PackedEmbedding, PackedLinear, PackedMlp, PackedRmsNorm
 from service.engine.cpu.packing import pack
 from service.engine.rows import Row
@@ -137,6 +137,22 @@ def test_every_module_that_the_kernels_know_is_replaced(kernels, family):
         assert sum(isinstance(module, PackedMlp) for module in made.modules()) == 4
     else:
         assert isinstance(made.model.norm, PackedRmsNorm)
+
+
+def test_a_rehearsal_computes_one_layer_and_later_steps_all_of_them(kernels, monkeypatch):
+    made = model("qwen2")
+    over, layers = runner(made), made.config.num_hidden_layers
+    pack(made, kernels)
+    counts, run = [], PackedStack.forward
+
+    def counted(stack, *given, **options):
+        counts.append(stack._run._count)
+        return run(stack, *given, **options)
+
+    monkeypatch.setattr(PackedStack, "forward", counted)
+    over.rehearse()
+    over.step([row(prompt(3, 0))])
+    assert counts == [1, 1, 1, layers]
 
 
 def test_packing_takes_no_memory_for_a_second_copy(kernels):
