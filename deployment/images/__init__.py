@@ -1,0 +1,1 @@
+"""What `make image` and `make play` build and run with."""

@@ -1,0 +1,116 @@
+{{/* What the schema cannot say: values that are right alone and wrong together. All of them are told at once. */}}
+{{- define "snugfit.checks" -}}
+{{- $problems := concat
+      (include "snugfit.checks.model" . | fromJsonArray)
+      (include "snugfit.checks.volume" . | fromJsonArray)
+      (include "snugfit.checks.exporter" . | fromJsonArray)
+      (include "snugfit.checks.other" . | fromJsonArray) }}
+{{- if $problems }}{{ fail (printf "\n\n- %s\n" (join "\n- " $problems)) }}{{ end }}
+{{- end }}
+
+{{- define "snugfit.checks.model" -}}
+{{- $problems := list }}
+{{- $source := .Values.model.source }}{{ $model := default "" .Values.config.model }}
+{{- $onVolume := regexMatch "^/models(/|$)" $model }}
+{{- if and $onVolume (eq $source "none") }}
+{{- $problems = append $problems (printf "config.model is %s, and nothing is mounted at /models: set model.source to pvc or image." $model) }}
+{{- end }}
+{{- if and (eq $source "pvc") .Values.persistence.readOnly (not $onVolume) (ne (include "snugfit.mostReplicas" .) "0") }}
+{{- $problems = append $problems (printf "model.source is pvc, and config.model (%s) is not below /models: give its path there, or persistence.readOnly: false to keep a model of the hub on the volume." (default "not set" $model)) }}
+{{- end }}
+{{- if eq $source "image" }}
+{{- if not .Values.model.image.reference }}
+{{- $problems = append $problems "model.source is image: set model.image.reference." }}
+{{- end }}
+{{- if not $onVolume }}
+{{- $problems = append $problems "model.source is image: set config.model to /models, where the image is mounted." }}
+{{- end }}
+{{- if semverCompare "<1.35-0" .Capabilities.KubeVersion.Version }}
+{{- $problems = append $problems (printf "model.source is image: image volumes are on from Kubernetes 1.35; this is %s." .Capabilities.KubeVersion.Version) }}
+{{- end }}
+{{- end }}
+{{- toJson $problems }}
+{{- end }}
+
+{{- define "snugfit.checks.volume" -}}
+{{- $problems := list }}
+{{- $mode := .Values.persistence.accessMode }}{{ $most := include "snugfit.mostReplicas" . | int }}
+{{- if eq .Values.model.source "pvc" }}
+{{- if hasPrefix "ReadWriteOnce" $mode }}
+{{- if gt $most 1 }}
+{{- $problems = append $problems (printf "%d replicas cannot share a %s volume: pods on other nodes would wait for it for ever. Use a storage class with ReadWriteMany, or ReadOnlyMany once the model is exported (docs/kubernetes.md), or model.source: image, or one replica." $most $mode) }}
+{{- end }}
+{{- if .Values.rollout.spare }}
+{{- $problems = append $problems (printf "rollout.spare with a %s volume: the new pod cannot have the volume while the old one has it. Set rollout.spare: false." $mode) }}
+{{- end }}
+{{- end }}
+{{- if and (eq $mode "ReadOnlyMany") (not .Values.persistence.readOnly) }}
+{{- $problems = append $problems "persistence.readOnly: false with a ReadOnlyMany volume: nothing can be written to it." }}
+{{- end }}
+{{- if and (eq $mode "ReadOnlyMany") (not .Values.persistence.existingClaim) (not .Values.persistence.dataSource) }}
+{{- $problems = append $problems "a new ReadOnlyMany volume would be empty for ever: name persistence.existingClaim, or persistence.dataSource to fill it from." }}
+{{- end }}
+{{- end }}
+{{- toJson $problems }}
+{{- end }}
+
+{{- define "snugfit.checks.exporter" -}}
+{{- $problems := list }}
+{{- if .Values.exporter.enabled }}
+{{- $mode := .Values.persistence.accessMode }}{{ $most := include "snugfit.mostReplicas" . | int }}
+{{- $out := default "" .Values.exporter.spec.out }}
+{{- if ne .Values.model.source "pvc" }}
+{{- $problems = append $problems "exporter.enabled needs a volume to write to: set model.source to pvc." }}
+{{- end }}
+{{- if eq $mode "ReadOnlyMany" }}
+{{- $problems = append $problems "exporter.enabled with a ReadOnlyMany volume: nothing can be written to it. Export onto another volume first (docs/kubernetes.md)." }}
+{{- end }}
+{{- if and (eq $mode "ReadWriteOncePod") (gt $most 0) }}
+{{- $problems = append $problems "exporter.enabled with a ReadWriteOncePod volume: exporter and service cannot have it at once. Use ReadWriteOnce, or replicaCount: 0 until the export is done." }}
+{{- end }}
+{{- if not .Values.exporter.spec.base }}
+{{- $problems = append $problems "exporter.enabled: set exporter.spec.base to the model to export." }}
+{{- end }}
+{{- if not (regexMatch "^/models/." (clean $out)) }}
+{{- $problems = append $problems (printf "exporter.spec.out is %q: it has to be a folder below /models, such as /models/merged." $out) }}
+{{- else if and (gt $most 0) (ne (clean $out) (default "" .Values.config.model | clean)) }}
+{{- $problems = append $problems (printf "config.model is %q and exporter.spec.out %q: the service serves what is exported, so they are the same." (default "" .Values.config.model) $out) }}
+{{- end }}
+{{- end }}
+{{- toJson $problems }}
+{{- end }}
+
+{{- define "snugfit.checks.other" -}}
+{{- $problems := list }}
+{{- if .Values.config.api_key }}
+{{- $problems = append $problems "config.api_key would stand in a ConfigMap for everyone to read: use apiKeys." }}
+{{- end }}
+{{- if and .Values.config.budget .Values.config.max_memory }}
+{{- $problems = append $problems "config.budget and config.max_memory: give one of them. `snugfit plan --helm-values` prints max_memory, which is what it planned with." }}
+{{- end }}
+{{- if and .Values.apiKeys.existingSecret .Values.apiKeys.values }}
+{{- $problems = append $problems "apiKeys.existingSecret and apiKeys.values: give one of them." }}
+{{- end }}
+{{- if and .Values.config.api_key_file (include "snugfit.keysSecret" .) }}
+{{- $problems = append $problems "config.api_key_file and apiKeys: give one of them." }}
+{{- end }}
+{{- $planned := dig "limits" .Values.gpu.resource 0 .Values.resources | int }}
+{{- if and .Values.gpu.count $planned (ne (int .Values.gpu.count) $planned) }}
+{{- $problems = append $problems (printf "gpu.count is %d and resources.limits say %d %s: leave gpu.count 0 with a plan's values." (int .Values.gpu.count) $planned .Values.gpu.resource) }}
+{{- end }}
+{{- if .Values.autoscaling.enabled }}
+{{- if gt (int .Values.autoscaling.minReplicas) (int .Values.autoscaling.maxReplicas) }}
+{{- $problems = append $problems "autoscaling.minReplicas is above autoscaling.maxReplicas." }}
+{{- end }}
+{{- if and (eq .Values.autoscaling.kind "keda") (not .Values.autoscaling.keda.serverAddress) }}
+{{- $problems = append $problems "autoscaling.kind is keda: set autoscaling.keda.serverAddress to Prometheus, such as http://prometheus.monitoring:9090." }}
+{{- end }}
+{{- end }}
+{{- if and .Values.ingress.enabled (not .Values.ingress.hosts) }}
+{{- $problems = append $problems "ingress.enabled: name the ingress.hosts." }}
+{{- end }}
+{{- if and .Values.gateway.enabled (not .Values.gateway.parentRefs) }}
+{{- $problems = append $problems "gateway.enabled: name the Gateway in gateway.parentRefs." }}
+{{- end }}
+{{- toJson $problems }}
+{{- end }}

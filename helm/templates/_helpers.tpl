@@ -1,0 +1,145 @@
+{{/* Names and labels */}}
+
+{{- define "snugfit.name" -}}
+{{- default .Chart.Name .Values.nameOverride | trunc 63 | trimSuffix "-" }}
+{{- end }}
+
+{{/* 40 letters, so that a suffix fits into the 63 of a label. */}}
+{{- define "snugfit.fullname" -}}
+{{- $name := include "snugfit.name" . }}
+{{- $full := ternary .Release.Name (printf "%s-%s" .Release.Name $name) (contains $name .Release.Name) }}
+{{- default $full .Values.fullnameOverride | trunc 40 | trimSuffix "-" }}
+{{- end }}
+
+{{/* Takes (list ROOT COMPONENT). */}}
+{{- define "snugfit.selector" -}}
+{{- $ := first . -}}
+app.kubernetes.io/name: {{ include "snugfit.name" $ }}
+app.kubernetes.io/instance: {{ $.Release.Name }}
+app.kubernetes.io/component: {{ last . }}
+{{- end }}
+
+{{- define "snugfit.labels" -}}
+{{- $ := first . -}}
+{{ include "snugfit.selector" . }}
+app.kubernetes.io/version: {{ $.Chart.AppVersion | quote }}
+app.kubernetes.io/managed-by: {{ $.Release.Service }}
+helm.sh/chart: {{ printf "%s-%s" $.Chart.Name $.Chart.Version | replace "+" "_" }}
+{{- end }}
+
+{{- define "snugfit.serviceAccountName" -}}
+{{- $made := ternary (include "snugfit.fullname" .) "default" .Values.serviceAccount.create }}
+{{- default $made .Values.serviceAccount.name }}
+{{- end }}
+
+{{- define "snugfit.keysSecret" -}}
+{{- $made := ternary (printf "%s-keys" (include "snugfit.fullname" .)) "" (gt (len .Values.apiKeys.values) 0) }}
+{{- default $made .Values.apiKeys.existingSecret }}
+{{- end }}
+
+{{- define "snugfit.claim" -}}
+{{- default (printf "%s-models" (include "snugfit.fullname" .)) .Values.persistence.existingClaim }}
+{{- end }}
+
+{{/* Takes (list ROOT IMAGE). */}}
+{{- define "snugfit.image" -}}
+{{- $ := first . }}{{ $image := last . }}
+{{- if $image.digest }}{{ $image.repository }}@{{ $image.digest }}
+{{- else }}{{ $image.repository }}:{{ default $.Chart.AppVersion $image.tag }}
+{{- end }}
+{{- end }}
+
+{{/* Numbers */}}
+
+{{- define "snugfit.mostReplicas" -}}
+{{- ternary .Values.autoscaling.maxReplicas .Values.replicaCount .Values.autoscaling.enabled | int }}
+{{- end }}
+
+{{/* 15 s for the engine to stop and the last frames to be sent. */}}
+{{- define "snugfit.graceSeconds" -}}
+{{- add .Values.drain.delaySeconds (ceil .Values.config.drain_seconds | int) 15 }}
+{{- end }}
+
+{{/* A Deployment is called stuck when nothing happens for longer than ending, loading and ten minutes take. */}}
+{{- define "snugfit.progressSeconds" -}}
+{{- $probe := .Values.startupProbe }}
+{{- $loading := mul $probe.periodSeconds $probe.failureThreshold | add (default 0 $probe.initialDelaySeconds) }}
+{{- add $loading (include "snugfit.graceSeconds" .) 600 }}
+{{- end }}
+
+{{/* Configuration files */}}
+
+{{/* A map as TOML. Whole numbers arrive as floats, which Helm 3 and Helm 4 would write differently. */}}
+{{- define "snugfit.toml" -}}
+{{- $values := dict }}
+{{- range $key, $value := . }}
+{{- if kindIs "float64" $value }}{{ if eq $value (floor $value) }}{{ $value = int64 $value }}{{ end }}{{ end }}
+{{- $_ := set $values $key $value }}
+{{- end }}
+{{- toToml $values | trim }}
+{{- end }}
+
+{{/* YAML takes on and off, which some settings are, for true and false, which none is. */}}
+{{- define "snugfit.config" -}}
+{{- $config := dict }}
+{{- range $key, $value := .Values.config }}
+{{- if kindIs "bool" $value }}{{ $value = ternary "on" "off" $value }}{{ end }}
+{{- $_ := set $config $key $value }}
+{{- end }}
+{{- if include "snugfit.keysSecret" . }}
+{{- $_ := set $config "api_key_file" "/etc/snugfit/keys/api-keys" }}
+{{- end }}
+{{- include "snugfit.toml" $config }}
+{{- end }}
+
+{{/* Parts of pods */}}
+
+{{- define "snugfit.podBasics" -}}
+serviceAccountName: {{ include "snugfit.serviceAccountName" . }}
+automountServiceAccountToken: false
+enableServiceLinks: false
+securityContext: {{- toYaml .Values.podSecurityContext | nindent 2 }}
+{{- with .Values.imagePullSecrets }}
+imagePullSecrets: {{- toYaml . | nindent 2 }}
+{{- end }}
+{{- end }}
+
+{{/* `resources`, and the GPUs of `gpu.count`. */}}
+{{- define "snugfit.resources" -}}
+{{- $resources := deepCopy .Values.resources }}
+{{- if .Values.gpu.count }}
+{{- $gpus := dict .Values.gpu.resource (int .Values.gpu.count) }}
+{{- $resources = merge (dict "requests" $gpus "limits" (deepCopy $gpus)) $resources }}
+{{- end }}
+{{- toYaml $resources }}
+{{- end }}
+
+{{- define "snugfit.modelsVolume" -}}
+name: models
+{{- if eq .Values.model.source "image" }}
+image:
+  reference: {{ .Values.model.image.reference }}
+  pullPolicy: {{ .Values.model.image.pullPolicy }}
+{{- else }}
+persistentVolumeClaim:
+  claimName: {{ include "snugfit.claim" . }}
+  {{- if eq .Values.persistence.accessMode "ReadOnlyMany" }}
+  readOnly: true
+  {{- end }}
+{{- end }}
+{{- end }}
+
+{{/* With a labelSelector where one has none. */}}
+{{- define "snugfit.spread" -}}
+{{- $selector := dict "matchLabels" (include "snugfit.selector" (list . "service") | fromYaml) }}
+{{- $spread := list }}
+{{- range .Values.topologySpreadConstraints }}
+{{- $spread = append $spread (hasKey . "labelSelector" | ternary . (set (deepCopy .) "labelSelector" $selector)) }}
+{{- end }}
+{{- toYaml $spread }}
+{{- end }}
+
+{{/* "true" where `config.model` or what the exporter is given comes from the hub. Takes a list of sources. */}}
+{{- define "snugfit.fromHub" -}}
+{{- range . }}{{ if and . (not (regexMatch "^[/.~]" .)) }}true{{ end }}{{ end }}
+{{- end }}

