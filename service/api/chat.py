@@ -18,11 +18,13 @@ from service.api.chunks import Chunks
 from service.api.connection import while_connected
 from service.api.docs import CHAT_DOCS
 from service.api.sampling import for_choices, sampling
-from service.backend import Backend, Tokens
+from service.backend import Backend, Template, Tokens
 from service.engine import types as engine
 from service.lifecycle import Service
 
 LARGE_BODY_BYTES = 64_000
+# What is encoded in hardly more time than it takes to have a thread do it; a turn counts as some more of them.
+SHORT_PROMPT_CHARACTERS, TURN_CHARACTERS = 1_000, 50
 
 router = APIRouter()
 
@@ -97,12 +99,11 @@ async def _read(http: Request) -> schemas.ChatCompletionRequest:
 
 
 async def _submit(request: schemas.ChatCompletionRequest, backend: Backend, model: str) -> Job:
-    """Messages to ids, on a thread because a long prompt would hold up every other stream; then the engine's
-    generator, which queues the request on its first step."""
+    """Messages to ids, then the engine's generator, which queues the request on its first step."""
     turns = messages.plain(request.messages)
     if (least_tokens := backend.template.least_tokens(turns)) >= backend.context:
         raise engine.RequestTooLong(least_tokens, backend.context)
-    prompt_ids = await asyncio.to_thread(backend.template.encode, turns)
+    prompt_ids = await _encode(backend.template, turns)
     tokens = backend.template.tokens
     first = sampling(request, backend.defaults, len(prompt_ids), backend.context, tokens.count)
     id_ = f"chatcmpl-{uuid4().hex}"
@@ -112,6 +113,13 @@ async def _submit(request: schemas.ChatCompletionRequest, backend: Backend, mode
     ]
     include_usage = bool(request.stream_options and request.stream_options.include_usage)
     return Job(id_, int(time.time()), model, len(prompt_ids), include_usage, tokens, answers)
+
+
+async def _encode(template: Template, turns: list[dict[str, str]]) -> tuple[int, ...]:
+    """On a thread if it is long, because it would hold up every other stream."""
+    if sum(TURN_CHARACTERS + len(turn["content"]) for turn in turns) <= SHORT_PROMPT_CHARACTERS:
+        return template.encode(turns)
+    return await asyncio.to_thread(template.encode, turns)
 
 
 async def _complete(job: Job) -> schemas.ChatCompletion:
@@ -141,7 +149,7 @@ def _choice(index: int, answer: Answer) -> schemas.Choice:
 
 async def _frames(job: Job) -> AsyncGenerator[bytes, None]:
     """Of each answer the role first, then a chunk for each token that shows text or has logprobs, and the
-    reason of the end; then the usage if asked for, and [DONE]. What came together is given out together."""
+    reason of the end; then the usage if asked for, and [DONE]. What comes together is given out together."""
     chunks = Chunks(job.id, job.created, job.model, job.include_usage)
     answers = [Answer() for _ in job.answers]
     async with aclosing(together(job.answers)) as batches:

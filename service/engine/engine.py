@@ -59,6 +59,7 @@ class StepEngine:
         layout = runner.layout
         self._scheduler = Scheduler(layout, runner.concurrency, runner.chunk_tokens, runner.prefix_reuse)
         self._sampler, self._outbox = Sampler(), Outbox()
+        self._urgent = False  # somebody waits for a first token, and the outbox has it
         self._closed: set[AbstractEventLoop] = set()  # nobody receives there any more
         self._looked_up = self._found = 0  # prompt tokens, for prefix reuse
         blocks = self._scheduler.pool.blocks_total
@@ -127,6 +128,8 @@ class StepEngine:
     def _read_inbox(self) -> bool:
         """Take every message, and wait for one when there is nothing to do. False: the engine is to close."""
         while True:
+            if self._scheduler.idle:
+                self._tell()  # no step will
             try:
                 message = self._inbox.get(block=self._scheduler.idle)
             except Empty:
@@ -140,7 +143,8 @@ class StepEngine:
 
     def _advance(self) -> None:
         """One step of everyone whose turn it is. What it gives is told while the next one is computed: then
-        making text and sending it, on the event loop's thread, keeps nobody from the interpreter.
+        making text and sending it, on the event loop's thread, keeps nobody from the interpreter. But first
+        tokens are told at once, with all that the step gave.
 
         Counts first, then tells: who has seen the last event finds the request gone from the statistics.
         """
@@ -154,7 +158,7 @@ class StepEngine:
                 self._get_over(step, outcome)
             else:
                 self._settle(step, outcome, began)
-        if self._scheduler.idle:
+        if self._urgent:
             self._tell()
         self._let_go_of_the_deaf()
 
@@ -222,6 +226,7 @@ class StepEngine:
         if sequence.last_token is None:
             count.prompt_tokens += sequence.prompt_tokens
             count.first_token_s.append(now - sequence.arrived)
+            self._urgent = True
         else:
             count.next_token_s.append(now - sequence.last_token)
         sequence.last_token = now
@@ -244,6 +249,7 @@ class StepEngine:
         return _ended(sequence, reason)
 
     def _tell(self) -> None:
+        self._urgent = False
         self._closed.update(self._outbox.deliver())
 
     def _let_go_of_the_deaf(self) -> None:

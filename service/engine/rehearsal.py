@@ -31,8 +31,12 @@ def _row(layout: KvLayout, context: int, count: int) -> Row:
 
 def rehearse_choice(logits: torch.Tensor, context: int) -> None:
     """Choose from logits of that shape and dtype, with every feature on for each row. They are overwritten:
-    a copy would be more than any step has. On a CPU rows are taken one at a time, so that two of them do."""
-    if logits.device.type == "cpu":
-        logits = logits[:2]
+    a copy would be more than any step has.
+
+    What penalties remember of each row is there all the time. But a CPU takes the rows one after the other, so
+    that choosing for two of them takes as much memory as for all.
+    """
     prompt_ids = range(min(context, logits.shape[-1]))
-    Sampler().choose(logits.zero_(), features(len(logits), prompt_ids))
+    states = features(len(logits), prompt_ids)
+    count = 2 if logits.device.type == "cpu" else len(logits)
+    Sampler().choose(logits[:count].zero_(), states[:count])

@@ -122,7 +122,9 @@ def test_text_is_that_of_the_tokens_and_counts_go_up(scripted_runner, tokenizer,
     assert [event.finish_reason for event in events] == [None] * 39 + ["length"]
 
 
-def test_tokens_are_told_while_the_next_step_is_computed(scripted_runner, engine_over, within, until):
+def test_tokens_but_the_first_are_told_while_the_next_step_is_computed(
+    scripted_runner, engine_over, within, until
+):
     """Not before: the event loop would take the interpreter from the thread that prepares the step."""
     came, before = [], []
 
@@ -141,8 +143,27 @@ def test_tokens_are_told_while_the_next_step_is_computed(scripted_runner, engine
 
     with engine_over(Watching()) as engine:
         within(listen(engine))
-    assert before == [0, 0, 1, 2]
+    assert before == [0, 1, 1, 2]
     assert len(came) == 4  # the last one too, though no step comes after it
+
+
+def test_the_last_token_is_told_when_the_only_other_request_leaves_in_that_step(
+    scripted_runner, engine_over, within, until
+):
+    """Then no step comes that could tell it."""
+    runner = scripted_runner(fail=lambda rows: runner.gate.clear())
+
+    async def one_leaves(engine):
+        staying = asyncio.create_task(collect(engine, request(prompt(3), max_tokens=2)))
+        leaving = engine.generate(request(prompt(3), max_tokens=30))
+        await asyncio.gather(anext(leaving), asyncio.to_thread(until, lambda: len(runner.steps) >= 1))
+        await asyncio.to_thread(until, lambda: len(runner.steps[-1]) == 2 and runner.steps[-1][0][1] == 1)
+        await leaving.aclose()
+        runner.gate.set()
+        return await staying
+
+    with engine_over(runner) as engine:
+        assert ids_of(within(one_leaves(engine))) == scripted_ids(3, 2)
 
 
 @pytest.mark.parametrize("blocks", [120, 24], ids=["ample", "preempting"])
@@ -321,7 +342,8 @@ def test_an_event_tells_how_long_its_request_waited_for_its_first_step(scripted_
         first, second = within(crowd(engine))
         total = engine.stats().queue_time.total
     (waited,), (waited_longer,) = ({event.queued_s for event in events} for events in (first, second))
-    assert waited < 0.1 <= waited_longer + 0.02  # the second came a moment after the first
+    assert waited < waited_longer
+    assert waited_longer > 0.08  # it came a moment after the first
     assert total == pytest.approx(waited + waited_longer)
 
 

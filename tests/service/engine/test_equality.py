@@ -82,10 +82,10 @@ def out_of_memory_at_times(runner):
     """No memory for every 40th step, in between enough for larger and larger ones."""
     step, steps = runner.step, itertools.count(1)
 
-    def may_fail(rows):
+    def may_fail(rows, meanwhile):
         if next(steps) % 40 == 0 and sum(len(row.ids) for row in rows) > 1:
             raise torch.OutOfMemoryError("CUDA out of memory")
-        return step(rows)
+        return step(rows, meanwhile)
 
     runner.step = may_fail
 
