@@ -53,13 +53,14 @@ ENV PATH=/opt/snugfit/bin:$PATH
 WORKDIR /opt/snugfit
 RUN python3 -m venv .
 COPY constraints.txt ./
-# "+cpu" is at no index but torch's own: a build that cannot reach it fails, where "2.13.0" would bring CUDA.
+# "+cpu" is at no index but torch's own: a build that cannot reach it fails, where "2.13.0" would bring CUDA. ===
+# compares the text: for == a 2.13.0+cpu among the wheels would be a 2.13.0 too.
 ARG TORCH=2.13.0+cpu
 ARG TORCH_INDEX
 RUN --mount=type=secret,id=pip.conf,target=/etc/pip.conf,required=false \
     --mount=type=bind,from=wheels,target=/wheels \
     pip install --no-cache-dir --find-links /wheels ${TORCH_INDEX:+--extra-index-url "$TORCH_INDEX"} \
-        --constraint constraints.txt "torch==$TORCH" \
+        --constraint constraints.txt "torch===$TORCH" \
     || { echo "No torch $TORCH: pass --build-arg TORCH_INDEX=… or --build-context wheels=… (docs/docker.md)" >&2; exit 1; } \
     && rm -rf lib/python3*/site-packages/torch/include lib/python3*/site-packages/torch/test \
         lib/python3*/site-packages/torch/bin/*[Tt]est*
@@ -67,7 +68,7 @@ COPY --from=requirements /requirements.txt ./
 RUN --mount=type=secret,id=pip.conf,target=/etc/pip.conf,required=false \
     --mount=type=bind,from=wheels,target=/wheels \
     pip install --no-cache-dir --find-links /wheels --constraint constraints.txt --requirement requirements.txt \
-        "torch==$TORCH"
+        "torch===$TORCH"
 COPY --from=wheel /install /opt/snugfit
 # PYTHONSAFEPATH: a folder in /models is not a package.
 ENV HOME=/tmp \

@@ -34,8 +34,7 @@ def helm_values(plan: Plan) -> dict[str, Any]:
     """Values for `helm install --values`: Kubernetes quantities, and keys of docs/config.md under `config`.
 
     Memory is in whole Mi, request and limit alike: that keeps the scheduler from promising memory that the
-    plan counts on. The limits of `config` are those that were planned with, because what the pod would find
-    free is another figure. The volume has room for the model and its successor.
+    plan counts on. `config` is what was planned with, because what the pod would find free is another figure.
     """
     memory = f"{pod_memory_bytes(plan) // MiB}Mi"
     gpus = sum(device.startswith("cuda:") for device in plan.budget.compute)
@@ -44,6 +43,7 @@ def helm_values(plan: Plan) -> dict[str, Any]:
     return {
         "config": {
             "max_memory": _limits(plan),
+            "dtype": plan.dtype,
             "context": plan.context,
             "concurrency": plan.concurrency,
         },
@@ -51,7 +51,6 @@ def helm_values(plan: Plan) -> dict[str, Any]:
             "requests": {"memory": memory, **disk, **cards},
             "limits": {"memory": memory, **cards},
         },
-        "persistence": {"size": _whole(2 * plan.spec.file_bytes, GiB, "Gi")},
         "startupProbe": {
             "periodSeconds": PROBE_PERIOD_SECONDS,
             "failureThreshold": -(-start_seconds(plan) // PROBE_PERIOD_SECONDS),
@@ -60,9 +59,14 @@ def helm_values(plan: Plan) -> dict[str, Any]:
 
 
 def _limits(plan: Plan) -> str:
-    """The budget in the form of `max_memory`: "0=16000000000,cpu=5000000000"."""
-    limits = plan.budget.limits.items()
-    return ",".join(f"{device.removeprefix('cuda:')}={n_bytes}" for device, n_bytes in limits)
+    """The budget in the form of `max_memory`: "0=16000000000,cpu=5000000000".
+
+    0 for a place that could take offloaded weights and has none: what was free there while it was planned
+    means nothing, and the pod's memory has no room for them.
+    """
+    used = {*plan.budget.compute, *(device.device for device in plan.devices)}
+    limits = {place: n_bytes if place in used else 0 for place, n_bytes in plan.budget.limits.items()}
+    return ",".join(f"{place.removeprefix('cuda:')}={n_bytes}" for place, n_bytes in limits.items())
 
 
 def _from_the_hub(plan: Plan) -> bool:

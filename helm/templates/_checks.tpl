@@ -68,6 +68,19 @@
 {{- if and (eq $mode "ReadWriteOncePod") (gt $most 0) }}
 {{- $problems = append $problems "exporter.enabled with a ReadWriteOncePod volume: exporter and service cannot have it at once. Use ReadWriteOnce, or replicaCount: 0 until the export is done." }}
 {{- end }}
+{{- if and (eq $mode "ReadWriteOnce") (gt $most 0) }}
+{{- range list "nodeSelector" "tolerations" }}
+{{- if and (get $.Values.exporter .) (ne (toJson (get $.Values.exporter .)) (toJson (get $.Values .))) }}
+{{- $problems = append $problems (printf "exporter.%s is not that of the service, and on a ReadWriteOnce volume both have to be on one node: the exporter would wait for ever. Leave it out, or set replicaCount: 0 until the export is done." .) }}
+{{- end }}
+{{- end }}
+{{- end }}
+{{- with .Values.exporter.spec.oci }}
+{{- if not (regexMatch "^/models/." (clean .)) }}
+{{- $problems = append $problems (printf "exporter.spec.oci is %q: it has to be a folder below /models, where the volume is." .) }}
+{{- end }}
+{{- end }}
+{{- $problems = concat $problems (include "snugfit.checks.env" (list "exporter.extraEnv" .Values.exporter.extraEnv (list "HF_HOME")) | fromJsonArray) }}
 {{- if not .Values.exporter.spec.base }}
 {{- $problems = append $problems "exporter.enabled: set exporter.spec.base to the model to export." }}
 {{- end }}
@@ -80,8 +93,26 @@
 {{- toJson $problems }}
 {{- end }}
 
-{{- define "snugfit.checks.other" -}}
+{{/* Takes (list PATH VARIABLES OWN): variables that are among the chart's own would be there twice. */}}
+{{- define "snugfit.checks.env" -}}
 {{- $problems := list }}
+{{- range index . 1 }}
+{{- if has .name (last $) }}
+{{- $problems = append $problems (printf "%s sets %s, which the chart sets itself: take it out%s." (first $) .name (ternary ", and set config.host" "" (eq .name "SNUGFIT_HOST"))) }}
+{{- end }}
+{{- end }}
+{{- toJson $problems }}
+{{- end }}
+
+{{- define "snugfit.checks.other" -}}
+{{- $own := list "SNUGFIT_CONFIG" "SNUGFIT_HOST" }}
+{{- if and (eq .Values.model.source "pvc") (not .Values.persistence.readOnly) }}
+{{- $own = append $own "HF_HOME" }}
+{{- end }}
+{{- $problems := include "snugfit.checks.env" (list "extraEnv" .Values.extraEnv $own) | fromJsonArray }}
+{{- if regexMatch "^(127\\.|localhost$|::1$)" .Values.config.host }}
+{{- $problems = append $problems (printf "config.host is %s: neither the probes nor the Service reach it there. 0.0.0.0 is every address of the pod." .Values.config.host) }}
+{{- end }}
 {{- if .Values.config.api_key }}
 {{- $problems = append $problems "config.api_key would stand in a ConfigMap for everyone to read: use apiKeys." }}
 {{- end }}
@@ -98,9 +129,19 @@
 {{- if and .Values.gpu.count $planned (ne (int .Values.gpu.count) $planned) }}
 {{- $problems = append $problems (printf "gpu.count is %d and resources.limits say %d %s: leave gpu.count 0 with a plan's values." (int .Values.gpu.count) $planned .Values.gpu.resource) }}
 {{- end }}
+{{- if and .Values.gpu.count (ne .Values.gpu.resource "nvidia.com/gpu") (dig "limits" "nvidia.com/gpu" 0 .Values.resources) }}
+{{- $problems = append $problems (printf "gpu.count asks for %s, and resources for nvidia.com/gpu as a plan does: the pod would have to have both. Take nvidia.com/gpu out of resources." .Values.gpu.resource) }}
+{{- end }}
 {{- if .Values.autoscaling.enabled }}
 {{- if gt (int .Values.autoscaling.minReplicas) (int .Values.autoscaling.maxReplicas) }}
 {{- $problems = append $problems "autoscaling.minReplicas is above autoscaling.maxReplicas." }}
+{{- end }}
+{{- if and (eq .Values.autoscaling.kind "keda") (not .Values.serviceMonitor.enabled) }}
+{{- range ternary (list "query" "runningQuery") (list "query") (gt (int .Values.autoscaling.runningPerReplica) 0) }}
+{{- if not (get $.Values.autoscaling.keda .) }}
+{{- $problems = append $problems (printf "autoscaling.kind is keda: without serviceMonitor.enabled nobody knows how Prometheus labels this release. Enable it, or set autoscaling.keda.%s." .) }}
+{{- end }}
+{{- end }}
 {{- end }}
 {{- if and (eq .Values.autoscaling.kind "keda") (not .Values.autoscaling.keda.serverAddress) }}
 {{- $problems = append $problems "autoscaling.kind is keda: set autoscaling.keda.serverAddress to Prometheus, such as http://prometheus.monitoring:9090." }}

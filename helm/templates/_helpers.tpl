@@ -60,11 +60,13 @@ helm.sh/chart: {{ printf "%s-%s" $.Chart.Name $.Chart.Version | replace "+" "_" 
 {{- add .Values.drain.delaySeconds (ceil .Values.config.drain_seconds | int) 15 }}
 {{- end }}
 
-{{/* A Deployment is called stuck when nothing happens for longer than ending, loading and ten minutes take. */}}
+{{/* A Deployment is called stuck when nothing happens for longer than ending, an export that is waited for (a day,
+     where nothing limits it), loading and ten minutes take. */}}
 {{- define "snugfit.progressSeconds" -}}
 {{- $probe := .Values.startupProbe }}
 {{- $loading := mul $probe.periodSeconds $probe.failureThreshold | add (default 0 $probe.initialDelaySeconds) }}
-{{- add $loading (include "snugfit.graceSeconds" .) 600 }}
+{{- $export := ternary (default 86400 .Values.exporter.activeDeadlineSeconds) 0 .Values.exporter.enabled | int }}
+{{- add $loading $export (include "snugfit.graceSeconds" .) 600 }}
 {{- end }}
 
 {{/* Configuration files */}}

@@ -5,6 +5,7 @@ import math
 import pytest
 import yaml
 
+from deployment.rendering import CHART
 from service.cli import main
 from service.server import LAST_FRAMES_SECONDS
 
@@ -99,6 +100,29 @@ def test_a_deployment_is_not_called_stuck_while_its_model_may_still_load(chart):
     release = chart({"startupProbe": {"periodSeconds": 10, "failureThreshold": 360}})
     loading = 10 * 360 + release.pod["terminationGracePeriodSeconds"]
     assert release.deployment["progressDeadlineSeconds"] > loading
+
+
+@pytest.mark.parametrize(("deadline", "seconds"), [(None, 86_400), (200_000, 200_000)])
+def test_nor_while_it_waits_for_an_export(chart, export_values, deadline, seconds):
+    exporter = {**export_values["exporter"], "activeDeadlineSeconds": deadline}
+    waiting = chart({**export_values, "exporter": exporter}).deployment["progressDeadlineSeconds"]
+    assert waiting == chart().deployment["progressDeadlineSeconds"] + seconds
+
+
+def test_kserves_pods_are_probed_as_the_charts(chart):
+    (container,) = kserve("runtime.yaml")["spec"]["containers"]
+    assert {name: probe for name, probe in container.items() if name.endswith("Probe")} == {
+        name: probe for name, probe in chart().container.items() if name.endswith("Probe")
+    }
+
+
+@pytest.mark.parametrize("name", ["from-image.yaml", "from-volume.yaml"])
+def test_kserves_pods_are_not_scaled_by_their_processors(name):
+    assert kserve(name)["metadata"]["annotations"]["serving.kserve.io/autoscalerClass"] == "none"
+
+
+def kserve(name):
+    return yaml.safe_load((CHART.parent / "examples" / "kserve" / name).read_text())
 
 
 def test_every_pod_is_as_restricted_as_can_be(chart, export_values):

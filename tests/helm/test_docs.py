@@ -17,4 +17,4 @@ def test_an_example_is_accepted(example, chart):
 
 
 def test_all_examples_were_found():
-    assert len(EXAMPLES) == PAGE.count("# values") == 6
+    assert len(EXAMPLES) == PAGE.count("# values") == 7

@@ -43,8 +43,21 @@ def test_an_exporter_that_reads_the_volume_alone_needs_no_hub(chart, export_valu
 def test_callers_can_be_named_and_ways_out_be_added(chart):
     peer, rule = {"podSelector": {"matchLabels": {"app": "chat"}}}, {"ports": [{"port": 4318}]}
     values = {"networkPolicy": {"enabled": True, "ingressFrom": [peer], "egress": [rule]}}
-    assert policy(chart(values))["ingress"][0]["from"] == [peer]
-    assert policy(chart(values))["egress"] == [DNS, rule]
+    release = chart(values)
+    assert policy(release)["ingress"][0]["from"][0] == peer
+    assert policy(release)["egress"] == [DNS, rule]
+
+
+def test_callers_that_are_named_do_not_shut_out_helm_test(chart):
+    peer = {"podSelector": {"matchLabels": {"app": "chat"}}}
+    release = chart({"networkPolicy": {"enabled": True, "ingressFrom": [peer]}})
+    _, own = policy(release)["ingress"][0]["from"]
+    labels = release.one("Pod")["metadata"]["labels"].items()
+    assert labels >= own["podSelector"]["matchLabels"].items()
+    assert (
+        not release.deployment["template"]["metadata"]["labels"].items()
+        >= own["podSelector"]["matchLabels"].items()
+    )
 
 
 def test_an_ingress_does_not_hold_a_stream_back_and_shows_only_the_api(chart):
@@ -53,6 +66,11 @@ def test_an_ingress_does_not_hold_a_stream_back_and_shows_only_the_api(chart):
     prefix = "nginx.ingress.kubernetes.io"
     assert annotations[f"{prefix}/proxy-buffering"] == "off"
     assert int(annotations[f"{prefix}/proxy-read-timeout"]) >= 600
+    # nginx asks the next replica only while it has the body, and for a POST only when it is told to.
+    assert f"{prefix}/proxy-request-buffering" not in annotations
+    assert {"error", "http_503", "non_idempotent"} <= set(
+        annotations[f"{prefix}/proxy-next-upstream"].split()
+    )
     (rule,) = ingress["spec"]["rules"]
     (path,) = rule["http"]["paths"]
     assert (path["path"], path["pathType"]) == ("/v1", "Prefix")

@@ -7,6 +7,7 @@ import pytest
 
 from loader.budget import MemoryBudget
 from loader.checkpoint import read
+from loader.errors import BudgetExceeded
 from loader.helm_values import (
     CUDA_HOST_BYTES,
     DOWNLOAD_BYTES_PER_SECOND,
@@ -16,7 +17,7 @@ from loader.helm_values import (
     start_seconds,
 )
 from loader.plan import make_plan
-from loader.probe import Machine
+from loader.probe import Gpu, Machine
 
 GB = 10**9
 MIB = 2**20
@@ -112,19 +113,61 @@ def test_a_model_of_the_hub_is_given_time_and_room_to_come(plan):
     assert int(room.removesuffix("Gi")) * 2**30 >= 1.1 * plan.spec.file_bytes
 
 
-def test_the_volume_has_room_for_the_model_and_its_successor(plan):
-    size = int(helm_values(plan)["persistence"]["size"].removesuffix("Gi")) * 2**30
-    assert 2.2 * plan.spec.file_bytes <= size < 2.2 * plan.spec.file_bytes + 2**30
+def test_a_claim_that_is_there_is_not_given_another_size(plan):
+    """It cannot shrink, and `helm upgrade` with another model's plan would fail."""
+    assert set(helm_values(plan)) == {"config", "resources", "startupProbe"}
 
 
-def test_with_the_settings_among_the_values_a_pod_makes_the_same_plan(spec, plan):
-    """Whatever it finds free itself."""
+def planned_by_a_pod(plan, pod):
     config = helm_values(plan)["config"]
-    pod = Machine(ram_total_bytes=3 * GB, ram_free_bytes=2 * GB)
     budget = MemoryBudget.parse(None, config["max_memory"], "auto", pod)
-    same = make_plan(spec, budget, config["context"], config["concurrency"])
+    return make_plan(plan.spec, budget, config["context"], config["concurrency"], config["dtype"])
+
+
+@pytest.mark.parametrize("ram_bytes", [2 * GB, 200 * GB])
+def test_with_the_settings_among_the_values_a_pod_makes_the_same_plan(plan, ram_bytes):
+    """Whatever it finds free itself."""
+    same = planned_by_a_pod(plan, Machine(ram_total_bytes=ram_bytes, ram_free_bytes=ram_bytes))
     assert (same.device_map, same.kv, same.chunk_tokens) == (plan.device_map, plan.kv, plan.chunk_tokens)
     assert [device.peak_bytes for device in same.devices] == [device.peak_bytes for device in plan.devices]
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
+def test_a_pod_holds_weights_in_what_they_were_planned_in(spec, dtype):
+    plan = make_plan(spec, MemoryBudget(("cpu",), {"cpu": 60 * GB}), dtype=dtype)
+    same = planned_by_a_pod(plan, Machine(ram_total_bytes=64 * GB, ram_free_bytes=64 * GB))
+    assert (same.dtype, same.weights_bytes, same.kv) == (dtype, plan.weights_bytes, plan.kv)
+
+
+def on_a_card(card_bytes, ram_bytes=20 * GB):
+    return MemoryBudget(("cuda:0",), {"cuda:0": card_bytes, "cpu": ram_bytes})
+
+
+def test_two_runs_print_the_same_however_much_ram_is_free_meanwhile(spec):
+    one, two = (helm_values(make_plan(spec, on_a_card(20 * GB, ram))) for ram in (9 * GB, 10 * GB))
+    assert one == two
+    assert one["config"]["max_memory"] == f"0={20 * GB},cpu=0"
+
+
+LARGE_CARD = Machine(200 * GB, 200 * GB, (Gpu("cuda:0", "large", "GPU-1", 80 * GB, 80 * GB, 132),))
+
+
+def test_what_a_larger_card_takes_for_cuda_comes_from_the_pool(spec):
+    """A card that cannot be asked is taken for one of 30 multiprocessors."""
+    plan = make_plan(spec, on_a_card(20 * GB))
+    there = planned_by_a_pod(plan, LARGE_CARD)
+    assert there.budget.context_bytes - plan.budget.context_bytes > 300_000_000
+    assert plan.kv_tokens - 10_000 < there.kv_tokens < plan.kv_tokens
+    assert (there.device_map, there.context) == (plan.device_map, plan.context)
+
+
+def test_and_never_from_the_pods_ram_which_has_no_room_for_weights(spec):
+    with pytest.raises(BudgetExceeded) as misfit:
+        make_plan(spec, on_a_card(GB, ram_bytes=0))
+    tight = make_plan(spec, on_a_card(misfit.value.need_bytes))
+    assert not tight.offloaded_bytes
+    with pytest.raises(BudgetExceeded):
+        planned_by_a_pod(tight, LARGE_CARD)
 
 
 def test_a_larger_model_is_given_longer_to_start(tmp_path, fake_checkpoint, configs, spec):
