@@ -19,7 +19,7 @@ from typing import Any
 from benchmarks.client import Sample, ask, connect, letters, quantile
 from benchmarks.paced import GPU, MODEL, add_card, body, paced, plan_for
 from benchmarks.proxy import Nginx
-from benchmarks.rolling import replicas
+from benchmarks.rolling import ms, replicas
 from deployment.capacity import Fit
 
 TURN_TOKENS, ANSWER_TOKENS, TURNS = 300, 64, 5
@@ -65,7 +65,7 @@ def measure(balance: str, plan: Path, arguments: argparse.Namespace, folder: Pat
         queried = sum(replica.metric("snugfit_prefix_cache_queried_tokens_total") for replica in running)
         found = sum(replica.metric("snugfit_prefix_cache_hit_tokens_total") for replica in running)
     firsts = [sample.first for sample in samples]
-    p50, p99 = (round(1e3 * quantile(firsts, share)) for share in (0.5, 0.99))
+    p50, p99 = (ms(quantile(firsts, share)) for share in (0.5, 0.99))
     return {"balance": balance, "reused": round(found / queried, 3), "ttft_ms": {"p50": p50, "p99": p99}}
 
 

@@ -18,7 +18,9 @@ from pathlib import Path
 from types import TracebackType
 from typing import Protocol
 
-START_SECONDS = 10
+from benchmarks.port import free_port
+
+START_SECONDS = STOP_SECONDS = 10
 PLACES = 8  # of replicas in HAProxy's table
 TEMPORARY = ("client_body", "proxy", "fastcgi", "uwsgi", "scgi")
 
@@ -131,6 +133,21 @@ class _Running:
         self._process = subprocess.Popen(
             [self._program, *arguments], stdout=self._log, stderr=self._log, start_new_session=True
         )
+        try:
+            self._wait_until_it_listens()
+        except BaseException:
+            self._stop()
+            raise
+
+    def signal(self, number: signal.Signals) -> None:
+        self._process.send_signal(number)
+
+    def __exit__(
+        self, kind: type[BaseException] | None, err: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._stop()
+
+    def _wait_until_it_listens(self) -> None:
         deadline = time.monotonic() + START_SECONDS
         while not _listens(self.port):
             if self._process.poll() is not None or time.monotonic() > deadline:
@@ -139,14 +156,9 @@ class _Running:
                 )
             time.sleep(0.02)
 
-    def signal(self, number: signal.Signals) -> None:
-        self._process.send_signal(number)
-
-    def __exit__(
-        self, kind: type[BaseException] | None, err: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def _stop(self) -> None:
         self._process.terminate()
-        self._process.wait(START_SECONDS)
+        self._process.wait(STOP_SECONDS)
         self._log.close()
 
 
@@ -236,11 +248,6 @@ class Haproxy(_Running):
             said = line.recv(4096).decode().strip()
         if said and "changed" not in said and "no need" not in said:
             raise SystemExit(f"haproxy: {text}: {said}")
-
-
-def free_port() -> int:
-    with socket.create_server(("127.0.0.1", 0)) as listener:
-        return int(listener.getsockname()[1])
 
 
 def _listens(port: int) -> bool:

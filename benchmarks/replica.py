@@ -8,8 +8,10 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from functools import cached_property
 from pathlib import Path
+from types import TracebackType
 
 import httpx
 import psutil
@@ -20,32 +22,57 @@ _URL = re.compile(r"http://[\d.]+:(\d+)")
 
 
 class Replica:
-    """Runs `python ARGUMENTS`, which prints the URL it answers at. Started by its constructor, usable from
-    `wait_until_ready` on; what it says on stderr goes to `log`."""
+    """Runs `python ARGUMENTS`, which prints the URL it answers at. Started by its constructor, killed at the
+    end of a `with`; what it says on stderr goes to `log`."""
 
-    def __init__(self, arguments: Sequence[str], log: Path) -> None:
+    def __init__(
+        self, arguments: Sequence[str], log: Path, environment: Mapping[str, str] | None = None
+    ) -> None:
         clean = {name: value for name, value in os.environ.items() if not name.startswith("SNUGFIT_")}
+        clean.update(environment or {})
         self._log = log
         with log.open("a") as errors:
-            self._process = subprocess.Popen(
+            self.process = subprocess.Popen(
                 [sys.executable, *arguments], stdout=subprocess.PIPE, stderr=errors, text=True, env=clean
             )
-        self._cpu = psutil.Process(self._process.pid)
+        self._cpu = psutil.Process(self.process.pid)
         self._client = httpx.Client(timeout=START_SECONDS)
+
+    def __enter__(self) -> Replica:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, err: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.kill()
+
+    @property
+    def url(self) -> str:
+        return f"http://127.0.0.1:{self.port}"
+
+    @cached_property
+    def port(self) -> int:
+        """Waits until it listens. Raises SystemExit when it ends before."""
+        assert self.process.stdout is not None
+        for line in self.process.stdout:
+            if found := _URL.search(line):
+                return int(found[1])
+        raise SystemExit(f"a replica ended with {self.process.wait()} before it listened, see {self._log}")
 
     def wait_until_ready(self) -> None:
         """Until /ready says 200, as a readiness probe would."""
-        self.port = self._said_port()
-        self.url = f"http://127.0.0.1:{self.port}"
         deadline = time.monotonic() + START_SECONDS
         while not self._ready():
-            if self._process.poll() is not None or time.monotonic() > deadline:
+            if self.process.poll() is not None or time.monotonic() > deadline:
                 raise SystemExit(f"a replica did not become ready, see {self._log}")
             time.sleep(0.05)
 
+    def metrics(self) -> str:
+        return self._client.get(f"{self.url}/metrics").text
+
     def metric(self, name: str) -> float:
         """The sum of a metric's samples."""
-        families = text_string_to_metric_families(self._client.get(f"{self.url}/metrics").text)
+        families = text_string_to_metric_families(self.metrics())
         return sum(s.value for family in families for s in family.samples if s.name == name)
 
     def cpu_seconds(self) -> float:
@@ -55,8 +82,8 @@ class Replica:
     def terminate(self) -> float:
         """SIGTERM, and the seconds until the process has ended. Raises SystemExit unless it ends with 0."""
         started = time.monotonic()
-        self._process.send_signal(signal.SIGTERM)
-        code = self._process.wait(START_SECONDS)
+        self.process.send_signal(signal.SIGTERM)
+        code = self.process.wait(START_SECONDS)
         if code:
             raise SystemExit(f"a replica ended with {code} on SIGTERM, see {self._log}")
         self._shut()
@@ -64,21 +91,14 @@ class Replica:
 
     def kill(self) -> None:
         """Whatever state it is in. Idempotent."""
-        self._process.kill()
-        self._process.wait()
+        self.process.kill()
+        self.process.wait()
         self._shut()
 
     def _shut(self) -> None:
         self._client.close()
-        if self._process.stdout:
-            self._process.stdout.close()
-
-    def _said_port(self) -> int:
-        assert self._process.stdout is not None
-        for line in self._process.stdout:
-            if found := _URL.search(line):
-                return int(found[1])
-        raise SystemExit(f"a replica ended with {self._process.wait()} before it listened, see {self._log}")
+        if self.process.stdout:
+            self.process.stdout.close()
 
     def _ready(self) -> bool:
         try:

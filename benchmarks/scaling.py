@@ -33,7 +33,7 @@ from benchmarks.paced import GPU, MODEL, add_card, body, card_of, paced, plan_fo
 from benchmarks.proxy import Nginx
 from benchmarks.replica import Replica
 from benchmarks.rolling import NAME as DEMO
-from benchmarks.rolling import built_in, replicas
+from benchmarks.rolling import built_in, ms, replicas
 from deployment.capacity import Fit, Load, under
 from deployment.capacity import Replica as Modelled
 
@@ -138,8 +138,8 @@ def load_row(
         "turned_away": sum(one.sample is None for one in inside),
         "requests_per_second": round(len(ended) / window, 2),
         "tokens_per_second": round(sum(one.tokens for one in ended) / window),
-        "ttft_ms": {"p50": _ms(quantile(firsts, 0.5)), "p99": _ms(quantile(firsts, 0.99))},
-        "itl_ms_mean": _ms(statistics.mean(gaps)),
+        "ttft_ms": {"p50": ms(quantile(firsts, 0.5)), "p99": ms(quantile(firsts, 0.99))},
+        "itl_ms_mean": ms(statistics.mean(gaps)),
         "waiting_per_replica": round(statistics.mean(watch.waiting), 2),
         "running_per_replica": round(statistics.mean(watch.stepping), 2),
         "cpu_share": round(cpu, 2),
@@ -155,13 +155,13 @@ def predicted(modelled: Modelled, count: int, rows: int) -> dict[str, Any]:
             "requests_per_second": round(count * most, 2),
             "waiting_per_replica": "grows to --max-queue",
             "running_per_replica": rows,
-            "itl_ms_mean": _ms(modelled.itl_seconds(rows)),
+            "itl_ms_mean": ms(modelled.itl_seconds(rows)),
         }
     return {
         "replicas": count,
         "requests_per_second": load.rate,
-        "ttft_ms": {"p50": _ms(service.ttft_seconds), "p99": _ms(service.ttft_p99_seconds)},
-        "itl_ms_mean": _ms(service.itl_seconds),
+        "ttft_ms": {"p50": ms(service.ttft_seconds), "p99": ms(service.ttft_p99_seconds)},
+        "itl_ms_mean": ms(service.itl_seconds),
         "waiting_per_replica": round(service.waiting, 2),
         "running_per_replica": round(service.rows, 2),
     }
@@ -204,7 +204,7 @@ def part_real(arguments: argparse.Namespace, folder: Path) -> list[dict[str, Any
             "replicas": count,
             "threads_each": threads,
             "tokens_per_second": round(64 * len(samples) / seconds),
-            "ttft_ms": {"p50": _ms(quantile(firsts, 0.5)), "p99": _ms(quantile(firsts, 0.99))},
+            "ttft_ms": {"p50": ms(quantile(firsts, 0.5)), "p99": ms(quantile(firsts, 0.99))},
         }
         print(f"measured:  {json.dumps(row)}", flush=True)
         rows.append(row)
@@ -213,10 +213,6 @@ def part_real(arguments: argparse.Namespace, folder: Path) -> list[dict[str, Any
 
 def load_of(arguments: argparse.Namespace) -> Load:
     return Load(arguments.rate, arguments.prompt, arguments.output)
-
-
-def _ms(seconds: float) -> int:
-    return round(1e3 * seconds)
 
 
 def main() -> None:

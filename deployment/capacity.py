@@ -10,13 +10,14 @@ import argparse
 import json
 import math
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from service.engine.scheduler import MIXED_TOKENS
+
 DTYPE_BYTES = {"bfloat16": 2, "float16": 2, "float32": 4}
-MIXED_TOKENS = 512  # of prompts that a step reads while anyone decodes: service/engine/scheduler.py
 MOST_REPLICAS = 1_000
 LATE = 0.01  # the share of requests that may miss the TTFT target
 FULL = 0.999  # of what a replica can do: beyond it no queue has an end that is worth a number
@@ -39,7 +40,7 @@ class Fit:
     rows: int  # requests in one step, at most
     chunk_tokens: int
     context: int  # tokens of one request, at most
-    device_bytes: int  # planned peak of the devices that hold the model
+    device_bytes: int  # planned peak of all cards together, or of RAM where there is none
 
     @classmethod
     def of(cls, plan: Mapping[str, Any]) -> Fit:
@@ -50,12 +51,13 @@ class Fit:
             plan["resident_bytes"], plan["offloaded_bytes"],
             plan["weights_bytes"] // DTYPE_BYTES[plan["dtype"]],
             plan["kv_bytes_per_token"], plan["kv"]["block_tokens"], plan["kv"]["groups"][0]["blocks"],
-            plan["concurrency"], plan["chunk_tokens"], plan["context"], plan["devices"][0]["peak_bytes"],
+            plan["concurrency"], plan["chunk_tokens"], plan["context"], _device_bytes(plan["devices"]),
         )  # fmt: skip
 
-    @property
-    def kv_tokens(self) -> int:
-        return self.blocks * self.block_tokens
+
+def _device_bytes(devices: Sequence[Mapping[str, Any]]) -> int:
+    cards = [one for one in devices if one["device"].startswith("cuda")]
+    return sum(one["peak_bytes"] for one in cards or devices[:1])
 
 
 @dataclass(frozen=True)
@@ -143,8 +145,11 @@ class Replica:
             "reading prompts": max(1, self._most(lambda rows: self._mixed_steps(rows) <= 1)),
         }
         what = min(limits, key=lambda name: limits[name])
-        if self.load.tokens > self.fit.context or not limits["the KV pool"]:
+        if self.load.tokens > self.fit.context:
             raise OutOfReach(f"a request has {self.load.tokens} tokens and the context is {self.fit.context}")
+        if not limits["the KV pool"]:
+            held = self.fit.blocks * self.fit.block_tokens
+            raise OutOfReach(f"a request has {self.load.tokens} tokens and the KV pool {held}")
         if not limits[what]:
             alone, target = 1e3 * self.itl_seconds(1), 1e3 * self.load.itl_seconds
             raise OutOfReach(
@@ -219,7 +224,7 @@ def _ahead(reading: float) -> int:
 
 @dataclass(frozen=True)
 class Answer:
-    """How many replicas, and what each of them sees."""
+    """How many replicas, and what each of them sees while none is missing."""
 
     replicas: int
     rows: int
@@ -239,9 +244,9 @@ def replicas_for(replica: Replica, spare: int = 0) -> Answer:
         takes, target = replica.prefill_seconds(1), load.ttft_seconds
         raise OutOfReach(f"the prompt alone takes {takes:.2f} s, and the target is {target:.2f} s")
     for count in range(1, MOST_REPLICAS + 1):
-        service = under(replica, load.rate / count, rows)
-        if service and service.ttft_p99_seconds <= load.ttft_seconds:
-            return Answer(count + spare, rows, limited_by, replica.rate(rows), service)
+        alone, whole = (under(replica, load.rate / each, rows) for each in (count, count + spare))
+        if alone and whole and alone.ttft_p99_seconds <= load.ttft_seconds:
+            return Answer(count + spare, rows, limited_by, replica.rate(rows), whole)
     raise OutOfReach(f"not even {MOST_REPLICAS} replicas keep the TTFT within {load.ttft_seconds:.2f} s")
 
 
@@ -295,7 +300,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--tflops", type=float, required=True, help="TFLOP/s of its matrix products")
     parser.add_argument("--copy", type=float, default=10.0, help="GB/s of offloaded weights")
     parser.add_argument("--host-ms", type=float, default=0.0, help="between two steps")
-    parser.add_argument("--price", type=float, default=0.0, help="of one replica's card for an hour")
+    parser.add_argument("--price", type=float, default=0.0, help="of one replica's cards for an hour")
     parser.add_argument("--spare", type=int, default=0, help="replicas that may be missing: 1 for a rollout")
     return parser
 

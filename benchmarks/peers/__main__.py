@@ -30,8 +30,9 @@ from benchmarks.limits import Limits, Work, limits
 from benchmarks.peers.cases import Client, Load, measure, shares, template_tokens, warm_up
 from benchmarks.peers.environment import CannotRun
 from benchmarks.peers.recipes import BUILD, RECIPES, Recipe, Start
-from benchmarks.peers.server import PeerServer, free_port
+from benchmarks.peers.server import PeerServer
 from benchmarks.peers.table import Results, summary
+from benchmarks.port import free_port
 from benchmarks.server import elsewhere
 
 SPOILT = (CannotRun, ServerError, httpx.HTTPError)

@@ -8,9 +8,10 @@ import time
 from dataclasses import dataclass
 from pathlib import Path
 
+from deployment import ROOT
 from deployment.images import network
-from deployment.images.engine import FOLDER, ROOT, call, podman, program
-from deployment.images.outcome import Failed
+from deployment.images.engine import FOLDER, call, podman, program
+from deployment.outcome import Failed
 
 LOCAL_BASE = "localhost/snugfit-base"
 SUITE = "bookworm"

@@ -7,8 +7,8 @@ import subprocess
 import tempfile
 from pathlib import Path
 
-from deployment.images.engine import ROOT
-from deployment.images.outcome import Skipped, need
+from deployment import ROOT
+from deployment.outcome import Skipped, need
 from deployment.tools import TOOLS
 
 FILE, GPU = ROOT / "compose.yaml", ROOT / "compose" / "gpu.yaml"

@@ -9,11 +9,10 @@ from __future__ import annotations
 import os
 import shutil
 import subprocess
-from pathlib import Path
 
-from deployment.images.outcome import Failed, Skipped
+from deployment import ROOT
+from deployment.outcome import Failed, Skipped
 
-ROOT = Path(__file__).resolve().parent.parent.parent
 FOLDER = ROOT / "build" / "image"
 # The limits that podman sets by itself are above what an unprivileged root may set.
 CONTAINERS = """[containers]

@@ -10,11 +10,12 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+from deployment import ROOT
 from deployment.images.build import image
 from deployment.images.container import finished
-from deployment.images.engine import FOLDER, ROOT, call, podman
-from deployment.images.outcome import need
+from deployment.images.engine import FOLDER, call, podman
 from deployment.images.service_trial import Serving
+from deployment.outcome import need
 
 BASE = FOLDER / "demo-int4"
 ADAPTER = ROOT / "examples" / "pirate-adapter"

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import socket
 import threading
 import time
 from collections.abc import Callable, Sequence
@@ -11,10 +10,11 @@ from dataclasses import dataclass, field
 
 import httpx
 
+from benchmarks.port import free_port
 from deployment.images.build import image
 from deployment.images.container import SCRATCH, Container
 from deployment.images.engine import podman
-from deployment.images.outcome import Failed, need
+from deployment.outcome import Failed, need
 
 UID = "10001"
 READY_SECONDS = 180
@@ -29,11 +29,6 @@ from service.engine.cpu.library import kernels
 compilers = [name for name in ("cc", "gcc", "g++", "c++", "clang") if shutil.which(name)]
 print(torch.__version__, getattr(kernels(), "isa", None), compilers)
 """
-
-
-def free_port() -> int:
-    with socket.create_server(("127.0.0.1", 0)) as server:
-        return int(server.getsockname()[1])
 
 
 class Serving:

@@ -20,10 +20,10 @@ import yaml
 from rich.console import Console
 from rich.table import Table
 
+from deployment import ROOT
 from deployment.monitoring import page
 from deployment.monitoring.live import MODEL, Run, compiler, run
 from deployment.monitoring.panels import ROWS, Panel, Query
-from deployment.monitoring.processes import ROOT
 from deployment.monitoring.prometheus import Refused, Series
 
 RULES = ROOT / "helm" / "rules" / "snugfit.yaml"

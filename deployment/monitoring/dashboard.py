@@ -12,8 +12,8 @@ import sys
 from collections.abc import Iterable, Iterator
 from typing import Any
 
+from deployment import ROOT
 from deployment.monitoring.panels import ROWS, Panel, Query, Row
-from deployment.monitoring.processes import ROOT
 
 DASHBOARD = ROOT / "helm" / "dashboards" / "snugfit.json"
 COLUMNS = 24  # of Grafana's grid

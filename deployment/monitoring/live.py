@@ -22,7 +22,8 @@ from pathlib import Path
 import httpx
 
 from benchmarks.client import connect
-from deployment.monitoring.processes import ROOT, Service
+from benchmarks.replica import Replica
+from deployment import ROOT
 from deployment.monitoring.prometheus import DEADLINE_SECONDS, Prometheus, configuration
 from deployment.monitoring.scripted import CONCURRENCY, NAME
 from deployment.monitoring.traffic import Traffic
@@ -62,11 +63,12 @@ def run(folder: Path, rules: Path, seconds: float) -> Iterator[Run]:
     """Takes `seconds` and half a minute more; Prometheus can be asked until the block ends."""
     with ExitStack() as opened:
         driver = _Driver(folder)
-        real, card, spare = (opened.enter_context(one) for one in _services(folder, driver))
-        real.wait_until_ready()
+        services = {name: opened.enter_context(one) for name, one in _services(folder, driver)}
+        services["real"].wait_until_ready()
         config = folder / "prometheus.yml"
-        config.write_text(configuration(rules, {one.name: one.address for one in (real, card, spare)}))
-        scene = _Scene(opened, Prometheus(config, folder / "data"), real, card, spare, driver)
+        addresses = {name: one.url.removeprefix("http://") for name, one in services.items()}
+        config.write_text(configuration(rules, addresses))
+        scene = _Scene(opened, Prometheus(config, folder / "data"), driver, **services)
         yield asyncio.run(scene.play(config, seconds))
 
 
@@ -95,25 +97,25 @@ class _Driver:
         self._used.unlink()
 
 
-def _services(folder: Path, driver: _Driver) -> Iterator[Service]:
+def _services(folder: Path, driver: _Driver) -> Iterator[tuple[str, Replica]]:
     first, second, none = ({**driver.environment, "CUDA_VISIBLE_DEVICES": gpu} for gpu in ("0", "1", ""))
     first["OMP_NUM_THREADS"] = os.environ.get("OMP_NUM_THREADS", "1")
-    yield Service("real", ("service", "serve", *TOO_SMALL), folder, first)
-    yield Service("card", (SCRIPTED, "--gpu", "16GiB", "--budget", "7GB"), folder, second)
-    yield Service("spare", (SCRIPTED, "--budget", "120MB"), folder, none)
+    yield "real", Replica(("-m", "service", "serve", *TOO_SMALL), folder / "real.log", first)
+    card = ("-m", SCRIPTED, "--gpu", "16GiB", "--budget", "7GB")
+    yield "card", Replica(card, folder / "card.log", second)
+    yield "spare", Replica(("-m", SCRIPTED, "--budget", "120MB"), folder / "spare.log", none)
 
 
 @dataclass
 class _Scene:
     opened: ExitStack
     prometheus: Prometheus  # not started
-    real: Service
-    card: Service
-    spare: Service
     driver: _Driver
+    real: Replica
+    card: Replica
+    spare: Replica
 
     async def play(self, config: Path, seconds: float) -> Run:
-        services = (self.real, self.card, self.spare)
         traffic = Traffic(self.real.url, MODEL, seconds)
         async with connect(self.card.url) as client:
             held = await self._hold(client)
@@ -124,15 +126,16 @@ class _Scene:
                 traffic.run(), self._trouble_the_card(client, seconds), self._use_vram(seconds)
             )
             await asyncio.gather(*held)
-        exposed = {one.name: one.metrics() for one in services}
+        services = {"real": self.real, "card": self.card, "spare": self.spare}
+        exposed = {name: one.metrics() for name, one in services.items()}
         await self._let_things_break()
         return Run(self.prometheus, config, exposed, traffic.statuses, start, start + seconds, time.time())
 
     async def _hold(self, client: httpx.AsyncClient) -> list[asyncio.Task[httpx.Response]]:
         """Requests that wait before Prometheus starts, so that it never sees the queue empty."""
-        self.card.tell("load")
+        _tell(self.card, "load")
         self.card.wait_until_ready()
-        self.card.tell("hold")
+        _tell(self.card, "hold")
         held = [asyncio.create_task(_ask(client)) for _ in range(CONCURRENCY + 3)]
         queue = f'snugfit_requests_waiting{{model="{NAME}"}} 3.0'
         while queue not in await asyncio.to_thread(self.card.metrics):
@@ -141,8 +144,7 @@ class _Scene:
 
     async def _until_all_are_scraped(self) -> None:
         deadline = time.monotonic() + DEADLINE_SECONDS
-        wanted = {one.name for one in (self.real, self.card, self.spare)}
-        while missing := wanted - self.prometheus.up():
+        while missing := {"real", "card", "spare"} - self.prometheus.up():
             if time.monotonic() > deadline:
                 raise SystemExit(f"Prometheus has not scraped {', '.join(missing)}")
             await asyncio.sleep(0.2)
@@ -155,12 +157,12 @@ class _Scene:
         while time.monotonic() < end - seconds / 2:
             waiting.append(asyncio.create_task(_ask(client)))
             await asyncio.sleep(1)
-        self.card.tell("release")
+        _tell(self.card, "release")
         await asyncio.gather(*waiting)
-        self.card.tell("fail")
+        _tell(self.card, "fail")
         while time.monotonic() < end:
             await _ask(client)
-            self.card.tell("retry")
+            _tell(self.card, "retry")
             await asyncio.sleep(0.1)
 
     async def _use_vram(self, seconds: float) -> None:
@@ -170,19 +172,19 @@ class _Scene:
 
     async def _let_things_break(self) -> None:
         """One after the other, each for some scrapes."""
-        self.spare.tell("load")
+        _tell(self.spare, "load")
         self.spare.wait_until_ready()
-        for breaks in (self._outgrow, self.driver.lose, lambda: self.card.tell("die")):
+        for breaks in (self._outgrow, self.driver.lose, lambda: _tell(self.card, "die")):
             breaks()
             await asyncio.sleep(SETTLE_SECONDS)
         await self._drain_and_end()
 
     def _outgrow(self) -> None:
-        self.card.tell("grow")
-        self.spare.tell("grow")
+        _tell(self.card, "grow")
+        _tell(self.spare, "grow")
 
     async def _drain_and_end(self) -> None:
-        self.spare.tell("hold")
+        _tell(self.spare, "hold")
         async with connect(self.spare.url) as client:
             held = asyncio.create_task(_ask(client))
             await asyncio.sleep(1)
@@ -191,6 +193,11 @@ class _Scene:
             self.spare.process.kill()
             await asyncio.gather(held, return_exceptions=True)
         await asyncio.sleep(SETTLE_SECONDS)
+
+
+def _tell(service: Replica, deed: str) -> None:
+    """Of `deployment.monitoring.scripted.Script`."""
+    httpx.post(f"{service.url}/script/{deed}", timeout=DEADLINE_SECONDS).raise_for_status()
 
 
 async def _ask(client: httpx.AsyncClient) -> httpx.Response:

@@ -65,8 +65,7 @@ def _of_the_host(name: str) -> str:
 
 RESPONSES = _rate("snugfit_http_responses_total", TARGET)
 SERVER_ERRORS = _rate("snugfit_http_responses_total", f'{TARGET}, status=~"5.."')
-# A status has no series before its first response, hence the `or 0 *`.
-ERROR_SHARE = f"(sum({SERVER_ERRORS}) or 0 * sum({RESPONSES})) / (sum({RESPONSES}) > 0)"
+ERROR_SHARE = f"sum({SERVER_ERRORS}) / (sum({RESPONSES}) > 0)"
 
 GLANCE = Row(
     "At a glance",

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import socket
 import subprocess
 import time
 from collections.abc import Mapping
@@ -14,6 +13,8 @@ from typing import Any
 
 import httpx
 import yaml
+
+from benchmarks.port import free_port
 
 DEADLINE_SECONDS = 60
 STEP_SECONDS = 1
@@ -46,7 +47,7 @@ class Prometheus:
     """Started by `with`, ready when the block begins."""
 
     def __init__(self, configuration: Path, data: Path) -> None:
-        address = f"127.0.0.1:{_free_port()}"
+        address = f"127.0.0.1:{free_port()}"
         self._command = [
             "prometheus", f"--config.file={configuration}", f"--storage.tsdb.path={data}",
             f"--web.listen-address={address}", "--log.level=warn",
@@ -112,8 +113,3 @@ class Prometheus:
 def _series(found: Mapping[str, Any]) -> Series:
     points = ((float(at), float(value)) for at, value in found["values"])
     return Series(found["metric"], tuple(point for point in points if math.isfinite(point[1])))
-
-
-def _free_port() -> int:
-    with socket.create_server(("127.0.0.1", 0)) as listener:
-        return int(listener.getsockname()[1])

@@ -23,7 +23,7 @@ from service.engine import types as engine
 from service.lifecycle import Service
 
 LARGE_BODY_BYTES = 64_000
-# What is encoded in hardly more time than it takes to have a thread do it; a turn counts as some more of them.
+# Encoded in hardly more time than it takes to have a thread do it; a turn counts as some more of them.
 SHORT_PROMPT_CHARACTERS, TURN_CHARACTERS = 1_000, 50
 
 router = APIRouter()

@@ -13,8 +13,8 @@ Came = list[tuple[int, TokenEvent]]  # index of the answer, and its next event
 
 
 async def together(answers: Sequence[Events]) -> AsyncGenerator[Came, None]:
-    """What has come since the last time, never nothing; ends when all answers have. Of several answers that is
-    all; an only one is passed on event by event, as fast as they are taken.
+    """What has come since the last time, never nothing; ends when all answers have. Of several answers that
+    is all; an only one is passed on event by event, as fast as they are taken.
 
     The first answer begins alone. Once its first token is there, its prompt is in the engine's pool, and the
     others find its whole blocks there. Whether the queue takes them shows before anything is given out. An

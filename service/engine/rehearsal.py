@@ -33,8 +33,8 @@ def rehearse_choice(logits: torch.Tensor, context: int) -> None:
     """Choose from logits of that shape and dtype, with every feature on for each row. They are overwritten:
     a copy would be more than any step has.
 
-    What penalties remember of each row is there all the time. But a CPU takes the rows one after the other, so
-    that choosing for two of them takes as much memory as for all.
+    What penalties remember of each row is there all the time. But a CPU takes the rows one after the other,
+    so that choosing for two of them takes as much memory as for all.
     """
     prompt_ids = range(min(context, logits.shape[-1]))
     states = features(len(logits), prompt_ids)

@@ -11,7 +11,7 @@ from service.engine.kv import Holding, KvPool
 from service.engine.rows import Row
 from service.engine.sequence import Sequence
 
-_MIXED_TOKENS = 512
+MIXED_TOKENS = 512  # of prompts that a step reads while anyone decodes
 _OVERTAKEN = 16  # long prompts that a short one may start before, at most: it bounds the search in the line
 _PATIENCE = 16  # successful steps, after one that was too large, until a step may be twice as large again
 
@@ -76,7 +76,7 @@ class Scheduler:
         self.pool = KvPool(layout, chunk_tokens, prefix_reuse)
         self._concurrency = concurrency
         self._chunk_tokens = self._budget = chunk_tokens
-        self._mixed_tokens = min(chunk_tokens, _MIXED_TOKENS if mixed_tokens is None else mixed_tokens)
+        self._mixed_tokens = min(chunk_tokens, MIXED_TOKENS if mixed_tokens is None else mixed_tokens)
         self._waiting: deque[Sequence] = deque()
         self._running: dict[Sequence, Holding] = {}  # the oldest first, by admission
         self._holdings: dict[Sequence, Holding] = {}  # of all

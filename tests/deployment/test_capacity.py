@@ -88,7 +88,29 @@ def test_the_fewest_replicas_that_meet_the_target_are_told(replica):
     assert answer.service.ttft_p99_seconds <= 2.0
     fewer = under(replica, LOAD.rate / (answer.replicas - 1), answer.rows)
     assert fewer is None or fewer.ttft_p99_seconds > 2.0
-    assert replicas_for(replica, spare=1).replicas == answer.replicas + 1
+
+
+def test_a_spare_replica_takes_its_part_of_the_load_while_it_is_there(replica):
+    needed, spared = replicas_for(replica), replicas_for(replica, spare=1)
+    assert spared.replicas == needed.replicas + 1
+    assert spared.service == under(replica, LOAD.rate / spared.replicas, spared.rows)
+    assert spared.service.rows < needed.service.rows
+
+
+def test_the_memory_of_all_cards_of_a_plan_counts_and_ram_beside_them_does_not(plan, model, capsys):
+    plan_command([str(model), "--max-memory", "0=10GiB,1=10GiB,cpu=8GiB", "--json"])
+    two = json.loads(capsys.readouterr().out)
+    peaks = {device["device"]: device["peak_bytes"] for device in two["devices"]}
+    assert Fit.of(two).device_bytes == peaks["cuda:0"] + peaks["cuda:1"]
+    offloaded = json.loads(plan("16GB"))
+    assert [device["device"] for device in offloaded["devices"]] == ["cuda:0", "cpu"]
+    assert Fit.of(offloaded).device_bytes == offloaded["devices"][0]["peak_bytes"]
+
+
+def test_a_pool_that_holds_no_such_request_is_told_apart_from_the_context(replica):
+    small = replace(replica, fit=replace(replica.fit, blocks=2))
+    with pytest.raises(OutOfReach, match="a request has 640 tokens and the KV pool 512"):
+        replicas_for(small)
 
 
 def test_reused_prompts_take_fewer_replicas(replica):

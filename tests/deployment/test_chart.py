@@ -3,6 +3,7 @@
 import pytest
 
 from deployment import chart, tools
+from deployment.outcome import Failed, told
 
 
 @pytest.fixture
@@ -20,7 +21,7 @@ def test_without_a_helm_it_says_what_is_skipped(a_chart, monkeypatch, capsys):
 
 def test_a_step_that_finds_something_fails_the_run(a_chart, monkeypatch, capsys):
     def wrong():
-        raise chart.Failed("README.md out of date")
+        raise Failed("README.md out of date")
 
     monkeypatch.setattr(tools, "helm", lambda major: None)
     monkeypatch.setattr(chart, "_made", wrong)
@@ -30,13 +31,13 @@ def test_a_step_that_finds_something_fails_the_run(a_chart, monkeypatch, capsys)
 
 def test_helms_that_render_differently_are_an_error(a_chart, monkeypatch):
     monkeypatch.setattr(chart, "render", lambda helm, *values, **how: f"kind: {helm}")
-    with pytest.raises(chart.Failed, match="the Helms render it differently"):
+    with pytest.raises(Failed, match="the Helms render it differently"):
         chart._render_all(["helm3", "helm4"])
 
 
 def test_values_that_are_not_refused_are_an_error(a_chart, monkeypatch):
     monkeypatch.setattr(chart, "render", lambda helm, **how: "")
-    with pytest.raises(chart.Failed, match="a value that does not exist: not refused by"):
+    with pytest.raises(Failed, match="a value that does not exist: not refused by"):
         chart._refuse_all([tools.TOOLS / "helm-4" / "helm"])
 
 
@@ -45,7 +46,7 @@ def test_a_refusal_for_another_reason_is_an_error(a_chart, monkeypatch):
         raise chart.Refused("the chart is broken")
 
     monkeypatch.setattr(chart, "render", refuse)
-    with pytest.raises(chart.Failed, match="refused, but not because of that: the chart is broken"):
+    with pytest.raises(Failed, match="refused, but not because of that: the chart is broken"):
         chart._refuse_all([tools.TOOLS / "helm-4" / "helm"])
 
 
@@ -53,7 +54,7 @@ def test_a_fault_in_a_manifest_is_told_with_its_set_of_values(a_chart):
     for file in chart.values_files():
         for minor in chart.KUBERNETES:
             chart._rendered(file, minor).write_text("kind: Service\n")
-    with pytest.raises(chart.Failed, match=r"gpu-values\.yaml: Service is odd"):
+    with pytest.raises(Failed, match=r"gpu-values\.yaml: Service is odd"):
         chart._check(lambda found, file: [f"{found[0]['kind']} is odd"])
 
 
@@ -62,4 +63,18 @@ def test_a_check_without_its_tool_is_skipped_and_not_passed(a_chart, monkeypatch
     monkeypatch.setattr(tools, tool, lambda: None)
     step = {"kubernetes_validate": chart._validate, "kubernetes_models": chart._check_custom}[tool]
     arguments = ["1.37"] if step is chart._validate else []
-    assert chart._told("this", step, *arguments).startswith("SKIPPED  this: ")
+    assert told("this", step, *arguments).startswith("SKIPPED  this: ")
+
+
+@pytest.mark.parametrize(("passes", "told_as"), [(2, "ok "), (1, "FAILED"), (3, "FAILED")])
+def test_a_manifest_that_the_validator_left_out_is_an_error(a_chart, monkeypatch, passes, told_as):
+    """Two are Kubernetes' own; the validator says that it has no schema of the third."""
+    for number, file in enumerate(chart.values_files()):
+        kinds = ("Service", "ConfigMap", "ScaledObject") if number == 0 else ()
+        chart._rendered(file, "1.37").write_text("---\n".join(f"kind: {kind}\n" for kind in kinds))
+    program = a_chart / "kubernetes-validate"
+    says = [*passes * ["INFO passed for resource x"], f"INFO {chart._CUSTOM}ScaledObject"]
+    program.write_text("#!/bin/sh\n" + "".join(f'echo "{line}"\n' for line in says))
+    program.chmod(0o755)
+    monkeypatch.setattr(tools, "kubernetes_validate", lambda: program)
+    assert told("this", chart._validate, "1.37").startswith(told_as)

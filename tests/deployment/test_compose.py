@@ -8,9 +8,9 @@ from typing import Any
 import pytest
 import yaml
 
+from deployment import ROOT
 from deployment.images import compose
-from deployment.images.engine import ROOT
-from deployment.images.outcome import Skipped
+from deployment.outcome import Skipped
 from service.settings import Settings
 
 SERVICES: dict[str, Any] = yaml.safe_load(compose.FILE.read_text(encoding="utf-8"))["services"]

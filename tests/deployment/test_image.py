@@ -8,10 +8,9 @@ import tomllib
 
 import pytest
 
-from deployment import image
+from deployment import ROOT, image
 from deployment.images import build, network
-from deployment.images.engine import ROOT
-from deployment.images.outcome import Skipped, need
+from deployment.outcome import Skipped, need, told
 
 DOCKERFILE = (ROOT / "Dockerfile").read_text(encoding="utf-8")
 PYPROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))
@@ -51,6 +50,12 @@ def test_torch_is_the_tested_version_and_for_the_cpu_unless_told_otherwise():
     constraints = (ROOT / "constraints.txt").read_text(encoding="utf-8").splitlines()
     (pin,) = (line.removeprefix("torch==") for line in constraints if line.startswith("torch=="))
     assert f"ARG TORCH={pin}+cpu\n" in DOCKERFILE
+
+
+def test_exactly_that_build_of_torch_is_installed_and_no_other_of_its_version():
+    """PEP 440: "==2.13.0" takes a 2.13.0+cpu; "===" compares the text."""
+    named = re.findall(r'"(torch=+)\$TORCH"', DOCKERFILE)
+    assert named == ["torch===", "torch==="]
 
 
 def test_everything_from_an_index_is_constrained():
@@ -128,9 +133,9 @@ def test_a_failed_and_a_skipped_step_are_told_apart_from_one_that_passed():
         need(False, "wrong")
         return "never"
 
-    assert image._told("a", lambda: "fine") == "ok       a: fine"
-    assert image._told("b", skipped) == "SKIPPED  b: no tool"
-    assert image._told("c", failed) == "FAILED   c: wrong"
+    assert told("a", lambda: "fine") == "ok       a: fine"
+    assert told("b", skipped) == "SKIPPED  b: no tool"
+    assert told("c", failed) == "FAILED   c: wrong"
 
 
 def test_a_snapshot_holds_what_the_build_sees_and_a_change_is_one_line(tmp_path, monkeypatch):

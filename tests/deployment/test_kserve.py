@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from deployment import kserve, manifests, policies
+from deployment import kserve, manifests, policies, tools
 
 EXAMPLES = Path(__file__).parents[2] / "examples" / "kserve"
 GONE = object()
@@ -37,7 +37,7 @@ FAULTS = [
 @pytest.fixture(scope="module")
 def examples():
     """from-image, from-volume, runtime."""
-    if not kserve.can_be_checked():
+    if not tools.kserve_sdk():
         pytest.skip("KServe's SDK cannot be fetched: pip reaches no package index")
     return [yaml.safe_load(path.read_text()) for path in sorted(EXAMPLES.glob("*.yaml"))]
 
@@ -64,7 +64,7 @@ def test_a_seeded_fault_is_told(examples, kind, field, value, says):
 
 
 def test_without_the_sdk_a_resource_is_not_passed(monkeypatch):
-    monkeypatch.setattr(kserve, "_wheels", lambda: ())
+    monkeypatch.setattr(tools, "kserve_sdk", lambda: [])
     runtime = {"kind": "ServingRuntime", "metadata": {"name": "a"}}
     assert kserve.problems([runtime, {"kind": "Service"}]) == [
         "ServingRuntime a: it was not checked: KServe's SDK cannot be fetched"

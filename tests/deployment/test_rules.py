@@ -59,7 +59,7 @@ def test_each_alert_says_how_bad_it_is_and_where_to_read_on(alert):
     assert rule["labels"]["severity"] in ("warning", "critical")
     assert rule["annotations"]["summary"]
     assert rule["annotations"]["description"]
-    assert rule["annotations"]["runbook_url"] == f"docs/alerts.md#{alert.lower()}"
+    assert rule["annotations"]["runbook"] == f"docs/alerts.md#{alert.lower()}"
 
 
 def test_the_runbook_has_a_section_for_each_alert_in_the_same_order():

