@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager
+from contextlib import AsyncExitStack, asynccontextmanager
 from dataclasses import replace
 
 from fastapi import FastAPI, Request
@@ -14,6 +15,7 @@ from starlette.responses import Response
 
 from loader.plan import Plan
 from loader.usage import version
+from service import logs
 from service.api import chat, health, models
 from service.api.auth import ApiKeys
 from service.api.errors import answer
@@ -45,12 +47,14 @@ def create_app(
 
     @asynccontextmanager
     async def lifespan(_app: FastAPI) -> AsyncIterator[None]:
-        service.load_in_background()
-        yield
-        await service.close()
-        metrics.close()
-        if tracing:
-            await tracing.close()
+        asyncio.get_running_loop().set_exception_handler(logs.loop_error)
+        async with AsyncExitStack() as opened:
+            if tracing:
+                opened.push_async_callback(tracing.close)
+            opened.callback(metrics.close)
+            opened.push_async_callback(service.close)
+            service.load_in_background()
+            yield
 
     app = FastAPI(
         title="snugfit",

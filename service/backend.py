@@ -39,7 +39,7 @@ class Template(Protocol):
         ...
 
     def encode(self, messages: Sequence[Mapping[str, str]]) -> tuple[int, ...]:
-        """Called on a worker thread, since a long prompt takes a while. Raises TemplateRefused."""
+        """Called on any thread; a long prompt takes a while. Raises TemplateRefused."""
         ...
 
     def least_tokens(self, messages: Sequence[Mapping[str, str]]) -> int:
@@ -116,10 +116,8 @@ class Progress:
     def leave(self) -> None:
         """The last phase is over."""
         now = time.monotonic()
-        self.took = {
-            **self.took,
-            self.state.phase: now - self._entered,
-        }  # a scrape may be reading the old one
+        # A new one: a scrape may be reading the old one.
+        self.took = {**self.took, self.state.phase: now - self._entered}
         self._entered = now
 
     def __call__(self, done_bytes: int, total_bytes: int) -> None:

@@ -62,7 +62,8 @@ class Service:
         self.error: BaseException | None = None  # why loading failed
         self.draining = False
         self.active = 0  # requests being answered
-        self.responses: Counter[int] = Counter()  # by HTTP status
+        # By HTTP status. Those that alerts ask for are there from the start: rate() sees no first increase.
+        self.responses: Counter[int] = Counter({200: 0, 500: 0, 503: 0})
         self._start = start
         self._thread: threading.Thread | None = None
         self._load_ended = asyncio.Event()

@@ -17,6 +17,7 @@ from rich.progress import (
     TransferSpeedColumn,
 )
 
+from service import logs
 from service.show import size
 
 log = logging.getLogger(__name__)
@@ -41,7 +42,8 @@ def shown(report: Report, console: Console | None = None) -> Iterator[Report]:
         read_bytes = done_bytes
         report(done_bytes, total_bytes)
 
-    with _bar(count, console) if console.is_terminal else _lines(count) as callback:
+    with_bar = console.is_terminal and not logs.are_json()
+    with _bar(count, console) if with_bar else _lines(count) as callback:
         yield callback
     seconds = time.monotonic() - started
     speed = size(int(read_bytes / seconds))

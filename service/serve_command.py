@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import atexit
 import errno
+import gc
 import ipaddress
 import logging
 import os
@@ -56,6 +58,8 @@ def run(argv: Sequence[str]) -> int:
         _tell_plan(settings, plan)
         _tell_address(settings, listener)
         os.environ.setdefault(*SHORTER_SPINS)
+        # Or the interpreter's last collections go through all of torch, for 2 s at the end of the process.
+        atexit.register(gc.freeze)
         from service.server import run as serve
 
         return serve(settings, plan, listener, tracing)
@@ -73,8 +77,6 @@ def _parser() -> Parser:
 
 
 def _tracing(settings: Settings) -> Tracing | None:
-    if settings.exemplars == "on" and settings.traces == "off":
-        raise UsageError(["--exemplars on names traces, and --traces is off: turn it on too"])
     if settings.traces == "off":
         return None
     from service.tracing import begin

@@ -3,7 +3,7 @@
 uvicorn closes its listening socket as soon as it is told to stop, and new requests would find no server. Here
 the first signal starts draining: the socket stays open, what runs goes on, the rest is answered with 503.
 Connections that wait for their next request are closed at once, the others after their response, so that
-whoever keeps them open turns to another replica.
+whoever keeps them open turns to another replica. A request that is half received is still answered.
 """
 
 from __future__ import annotations
@@ -91,7 +91,7 @@ class DrainingServer(uvicorn.Server):
         self._let_connections_go()
         try:
             if not await self._idle_in_time():
-                log.warning("stopping: %d requests are cut off", self._service.active)
+                log.warning("stopping: %d requests are cut off", self._unfinished)
                 await self._service.close()  # ends them with an error that their clients see
         finally:
             self.should_exit = True
@@ -99,17 +99,28 @@ class DrainingServer(uvicorn.Server):
     def _let_connections_go(self) -> None:
         """Close those that were answered and wait for the next request; the others close when they are done.
 
-        One that has not asked anything yet is about to, and is told by its answer.
+        One that has not asked anything yet is about to, and is told by its answer, as is one that is asking.
         """
         for connection in list(self.server_state.connections):
-            if getattr(connection, "cycle", None) is not None:
+            if getattr(connection, "cycle", None) is not None and not _is_asking(connection):
                 connection.shutdown()
 
     async def _idle_in_time(self) -> bool:
         """Wait for the last request; False when the limit passes or a second signal comes before."""
         deadline = time.monotonic() + self._drain_seconds
-        while self._service.active:
+        while self._unfinished:
             if time.monotonic() >= deadline or len(self._signals) > 1:
                 return False
             await asyncio.sleep(POLL_SECONDS)
         return True
+
+    @property
+    def _unfinished(self) -> int:
+        """Requests that are being answered, and those of which a part has come."""
+        return self._service.active + sum(map(_is_asking, self.server_state.connections))
+
+
+def _is_asking(connection: object) -> bool:
+    """Whether a request's head is half received: uvicorn makes a scope as it begins, a cycle as it ends."""
+    cycle = getattr(connection, "cycle", None)
+    return getattr(connection, "scope", None) is not (cycle.scope if cycle else None)

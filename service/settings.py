@@ -12,7 +12,7 @@ from functools import partial
 from pathlib import Path
 from typing import Annotated, Any, Literal, cast
 
-from pydantic import BeforeValidator, Field, SecretStr, field_validator
+from pydantic import BeforeValidator, Field, SecretStr, ValidationInfo, field_validator
 from pydantic_settings import BaseSettings, NoDecode, PydanticBaseSettingsSource, SettingsConfigDict
 
 from loader.errors import BadBudget
@@ -195,7 +195,7 @@ class Settings(BaseSettings):
         "snugfit[otel].",
     )
     exemplars: Literal["on", "off"] = _telemetry(
-        "off", "MODE", "on or off",
+        "off", "MODE", "off, or on where traces are on",
         "Whether histograms name a trace for each bucket, to who scrapes OpenMetrics. Needs traces.",
     )
     vllm_metrics: Literal["on", "off"] = _telemetry(
@@ -253,6 +253,14 @@ class Settings(BaseSettings):
         if path is not None and not _keys_in(path):
             raise ValueError("holds no key")
         return path
+
+    @field_validator("exemplars", mode="after")
+    @classmethod
+    def _need_traces(cls, value: str, info: ValidationInfo) -> str:
+        """`traces` stands before `exemplars`, and is not there when it was refused itself."""
+        if value == "on" and info.data.get("traces") == "off":
+            raise ValueError("names traces, and traces are off: turn them on too")
+        return value
 
     @property
     def api_keys(self) -> tuple[str, ...]:

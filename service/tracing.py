@@ -172,7 +172,9 @@ def _fail(span: Span, kind: str) -> None:
 
 
 def _trace_id(span: Span) -> str:
-    return f"{span.get_span_context().trace_id:032x}"
+    """ "" where there is none, as with OTEL_SDK_DISABLED."""
+    context = span.get_span_context()
+    return f"{context.trace_id:032x}" if context.is_valid else ""
 
 
 class TracedEngine:

@@ -59,7 +59,8 @@ class _AboutService(Collector):
         yield gauge(
             "snugfit_draining", "1 while the service finishes what runs and then ends.", service.draining
         )
-        responses = {str(status): count for status, count in service.responses.items()}
+        counted = dict(service.responses)  # in one step: the event loop counts meanwhile
+        responses = {str(status): count for status, count in counted.items()}
         words = "Responses by HTTP status, probes not counted."
         yield counters("snugfit_http_responses", words, "status", responses)
         words = "What each part of the start took; those that are over."

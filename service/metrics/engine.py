@@ -5,6 +5,7 @@ The `model` label is the served name, never what a client sent.
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 
@@ -124,7 +125,9 @@ def families(
     used = stats.kv_tokens_used / stats.kv_tokens_total if stats.kv_tokens_total else 0.0
     yield gauge(names.usage, "Share of the KV cache in use, 0 to 1.", used, labels)
     finished, label = names.finished
-    reasons = {names.reasons.get(reason, reason): count for reason, count in stats.finished.items()}
+    reasons: Counter[str] = Counter()
+    for reason, count in stats.finished.items():
+        reasons[names.reasons.get(reason, reason)] += count
     yield counters(finished, "Requests that ended in the engine, by reason.", label, reasons, labels)
     for name, (words, attribute) in names.histograms.items():
         observed: Histogram | None = getattr(stats, attribute)

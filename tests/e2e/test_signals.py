@@ -89,6 +89,40 @@ def test_a_draining_service_closes_the_connections_that_are_kept_open(program):
         assert running.process.wait(DEADLINE_S) == 0
 
 
+HEAD = b"GET /v1/models HTTP/1.1\r\nhost: here\r\n\r\n"
+
+
+@pytest.mark.parametrize("kept", [False, True], ids=["new", "kept open"])
+def test_a_request_of_which_a_part_had_come_is_answered(program, kept):
+    with program() as running:
+        connection = HTTPConnection(running.url.removeprefix("http://"), timeout=DEADLINE_S)
+        connection.connect()
+        if kept:
+            connection.request("GET", "/v1/models")
+            assert connection.getresponse().read()
+        connection.sock.sendall(HEAD[:20])
+        running.get("/health")  # the server has read what came before
+        running.process.send_signal(signal.SIGTERM)
+        wait_until_draining(running)
+        time.sleep(0.3)  # one that does not wait has ended by now
+        connection.sock.sendall(HEAD[20:])
+        answer = b"".join(iter(lambda: connection.sock.recv(10_000), b""))
+        assert answer.startswith(b"HTTP/1.1 503")
+        assert b"connection: close" in answer
+        assert running.process.wait(DEADLINE_S) == 0
+
+
+def test_a_request_of_which_never_more_comes_is_not_waited_for_longer_than_those_that_run(program):
+    with program(DRAIN="0.5") as running:
+        connection = HTTPConnection(running.url.removeprefix("http://"), timeout=DEADLINE_S)
+        connection.connect()
+        connection.sock.sendall(HEAD[:20])
+        running.get("/health")
+        running.process.send_signal(signal.SIGTERM)
+        assert running.process.wait(5) == 0
+        assert "1 requests are cut off" in running.log()
+
+
 def test_what_is_answered_while_draining_ends_its_connection(program):
     with program() as running:
         url = f"{running.url}/v1/chat/completions"

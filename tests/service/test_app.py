@@ -1,5 +1,6 @@
 """The life of a service seen from outside: loading, ready, draining, dead."""
 
+import asyncio
 import json
 import socket
 import threading
@@ -154,6 +155,31 @@ def test_closing_gives_back_in_reverse_order_and_survives_a_failure(service_log)
     Backend(None, None, 64, GenerationDefaults(), 0, "float32", opened=opened).close()
     assert closed == ["engine", "model"]
     assert "ZeroDivisionError" in service_log.text
+
+
+def test_what_fails_to_close_keeps_nothing_else_open(build):
+    closed = []
+
+    class Traces:
+        tracer = None
+
+        async def close(self):
+            closed.append("traces")
+
+    async def fail():
+        closed.append("service")
+        raise OSError("no thread can be started")
+
+    async def run(app):
+        async with app.router.lifespan_context(app):
+            pass
+
+    live = build(start=lambda _progress: None, tracing=Traces())
+    live.service.load_in_background, live.service.close = lambda: None, fail
+    live.app.state.metrics.close = lambda: closed.append("metrics")
+    with pytest.raises(OSError, match="no thread"):
+        asyncio.run(run(live.app))
+    assert closed == ["service", "metrics", "traces"]
 
 
 def test_the_model_is_listed_and_found_by_an_id_with_a_slash(live):

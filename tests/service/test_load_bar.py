@@ -3,7 +3,7 @@ import io
 import pytest
 from rich.console import Console
 
-from service import load_bar
+from service import load_bar, logs
 from service.backend import LoadCancelled
 from service.load_bar import shown
 
@@ -47,3 +47,11 @@ def test_without_a_terminal_the_log_says_how_far_it_is_and_how_fast_it_was(servi
     assert console.file.getvalue() == ""
     assert "reading weights: 1.0 MB of 2.0 MB" in service_log.text
     assert "read 2.0 MB of weights in" in service_log.text
+
+
+def test_where_lines_are_json_there_is_no_bar_between_them_on_a_terminal_either(monkeypatch):
+    monkeypatch.setattr(logs, "are_json", lambda: True)
+    console = terminal()
+    with shown(lambda done, total: None, console) as report:
+        report(1, 2)
+    assert console.file.getvalue() == ""

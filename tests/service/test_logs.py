@@ -1,10 +1,13 @@
 """service/logs.py: what a line looks like, whose lines there are, and what is in none of them."""
 
+import asyncio
+import gc
 import json
 import logging
 import re
 import warnings
 from collections import Counter
+from functools import partial
 
 import httpx
 import pytest
@@ -85,8 +88,8 @@ def test_the_last_level_holds(capsys):
     assert capsys.readouterr().err == ""
 
 
-def test_other_libraries_are_left_alone():
-    others = [logging.getLogger(name) for name in ("", "uvicorn", "httpx", "transformers", "services")]
+def test_the_loggers_of_other_libraries_are_left_alone():
+    others = [logging.getLogger(name) for name in ("uvicorn", "httpx", "transformers", "services")]
     before = [(list(logger.handlers), logger.level, logger.propagate) for logger in others]
     logs.to_stderr("debug")
     assert [(list(logger.handlers), logger.level, logger.propagate) for logger in others] == before
@@ -111,18 +114,23 @@ def test_a_json_line_names_the_request_it_belongs_to(capsys, within_a_request):
     assert (line["request_id"], line["trace_id"]) == ("req_1", "0af7")
 
 
-@pytest.mark.parametrize("name", ["uvicorn.error", "asyncio", "transformers.models", "huggingface_hub.file"])
-def test_in_json_other_libraries_warnings_are_lines_of_the_same_kind(capsys, name):
+@pytest.mark.parametrize("form", ["text", "json"])
+@pytest.mark.parametrize(
+    "name", ["uvicorn.error", "asyncio", "transformers.models", "huggingface_hub.file", "torch.jit"]
+)
+def test_other_libraries_warnings_are_lines_of_the_same_kind_and_what_is_less_is_none(capsys, form, name):
     library = logging.getLogger(name.partition(".")[0])
-    library.handlers, library.propagate = [logging.StreamHandler()], False  # as transformers does it
-    logs.to_stderr("info", "json")
+    logs.to_stderr("debug", form)
     if library.name in logs.TALKERS:
+        library.handlers, library.propagate = [logging.StreamHandler()], False  # as transformers does it
         logs.adopt_libraries()
-    else:
-        library.handlers, library.propagate = [], True
     say(name, logging.INFO, "not this")
     say(name, logging.WARNING, "but this")
-    assert [line["message"] for line in objects(capsys.readouterr().err)] == ["but this"]
+    (line,) = capsys.readouterr().err.splitlines()
+    if form == "json":
+        assert json.loads(line)["message"] == "but this"
+    else:
+        assert re.fullmatch(rf"\S+ \S+ WARNING {name}: but this", line)
 
 
 def test_in_json_pythons_own_warnings_are_lines_too(capsys):
@@ -131,14 +139,6 @@ def test_in_json_pythons_own_warnings_are_lines_too(capsys):
     (line,) = objects(capsys.readouterr().err)
     assert line["logger"] == "py.warnings"
     assert "it is old" in line["message"]
-
-
-def test_transformers_keeps_its_own_lines_where_ours_are_text(capsys):
-    logs.to_stderr("info")
-    transformers = logging.getLogger("transformers")
-    transformers.handlers = own = [logging.StreamHandler()]
-    logs.adopt_libraries()
-    assert transformers.handlers is own
 
 
 @pytest.mark.parametrize("form", ["text", "json"])
@@ -227,20 +227,73 @@ class Uncountable(Counter):
         raise KeyError(CANARY)
 
 
-def test_what_uvicorn_logs_after_us_has_no_prompt_in_it_either(live, capsys, until):
+LEFT_OUT = "KeyError (its message is left out: it may quote the request)"
+
+
+@pytest.fixture
+def read(capsys, until):
+    """`read(text)` is stderr as soon as `text` is in it, to the end of the line."""
+
+    def wait(text):
+        seen = []
+
+        def there():
+            seen.append(capsys.readouterr().err)
+            return text in "".join(seen) and "".join(seen).endswith("\n")
+
+        until(there, text)
+        return "".join(seen)
+
+    return wait
+
+
+@pytest.mark.parametrize("form", ["text", "json"])
+def test_what_uvicorn_logs_after_us_has_no_prompt_in_it_either(live, form, read):
     """Nothing of ours catches what the outermost middleware raises."""
-    logs.to_stderr("debug", "json")
+    logs.to_stderr("debug", form)
     live.service.responses = Uncountable()
     live.post()
-    lines = []
-
-    def of_uvicorn():
-        lines.extend(objects(capsys.readouterr().err))
-        return [line for line in lines if line["logger"] == "uvicorn.error"]
-
-    until(of_uvicorn, "its line")
+    text = read(LEFT_OUT)
     live.service.responses = Counter()
-    (line,) = of_uvicorn()
-    assert line["exception"].endswith("KeyError (its message is left out: it may quote the request)")
-    assert line["request_id"]
-    assert CANARY not in json.dumps(line)
+    assert "uvicorn.error" in text
+    assert CANARY not in text
+    if form == "json":
+        (line,) = [line for line in objects(text) if line["logger"] == "uvicorn.error"]
+        assert line["exception"].endswith(LEFT_OUT)
+        assert line["request_id"]
+
+
+async def fails():
+    {}[CANARY]
+
+
+def fails_with(_text):
+    {}[CANARY]
+
+
+@pytest.mark.parametrize("form", ["text", "json"])
+@pytest.mark.parametrize(
+    ("go_wrong", "words"),
+    [
+        (lambda loop: loop.create_task(fails()), "Task exception was never retrieved"),
+        (lambda loop: loop.call_soon(partial(fails_with, CANARY)), "Exception in callback"),
+    ],
+    ids=["task", "callback"],
+)
+def test_what_asyncio_logs_has_no_prompt_in_it_either(running, scripted, form, read, go_wrong, words):
+    """Its own words have the task's exception and the callback's arguments in them."""
+
+    class Careless(scripted):
+        async def generate(self, request):
+            go_wrong(asyncio.get_running_loop())
+            async for event in super().generate(request):
+                yield event
+
+    logs.to_stderr("debug", form)
+    with running(Careless()) as live:
+        assert live.post().status_code == 200
+        gc.collect()
+        text = read(LEFT_OUT)
+    assert words in text
+    assert CANARY not in text
+    assert "test_logs.py" in text

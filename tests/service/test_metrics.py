@@ -3,6 +3,7 @@
 import shutil
 import subprocess
 import threading
+from collections import Counter
 from contextlib import ExitStack
 from dataclasses import replace
 
@@ -15,6 +16,7 @@ from service.backend import Backend
 from service.engine.types import Histogram
 from service.exemplars import Exemplars
 from service.lifecycle import Service
+from service.metrics import engine as engine_metrics
 from service.metrics.collector import Metrics
 from service.metrics.exemplars import of_buckets
 from service.prompt.defaults import GenerationDefaults
@@ -49,6 +51,33 @@ def test_the_engines_numbers_are_read_with_the_served_name(live):
     assert found["snugfit_requests_total", (("finish_reason", "stop"), *model)] == 1
     assert found["snugfit_http_responses_total", (("status", "200"),)] == 1
     assert found["snugfit_ready", ()] == 1
+
+
+def test_the_responses_that_alerts_ask_for_are_there_before_the_first(live):
+    """rate() of a series that begins at 1 is 0."""
+    found = samples(live.get("/metrics").text)
+    responses = {labels: value for (name, labels), value in found.items() if "http_responses" in name}
+    assert responses == {(("status", status),): 0 for status in ("200", "500", "503")}
+
+
+def test_responses_may_be_counted_while_they_are_read():
+    """The scrape is on a thread, the counter on the event loop: here one is counted within the scrape."""
+
+    class Status(int):
+        def __str__(self):
+            service.responses[404] += 1
+            return super().__str__()
+
+    service = Service("m", None)
+    service.responses = Counter({Status(200): 1, Status(500): 1})
+    assert b'snugfit_http_responses_total{status="200"} 1.0' in Metrics(service, "1").expose("")[0]
+
+
+def test_reasons_that_become_one_under_another_name_are_counted_together(scripted):
+    stats = replace(scripted().stats(), finished={"cancelled": 2, "abort": 1, "stop": 4})
+    families = {family.name: family for family in engine_metrics.families(stats, "m", engine_metrics.VLLM)}
+    found = families["vllm:request_success"].samples
+    assert {sample.labels["finished_reason"]: sample.value for sample in found} == {"abort": 3, "stop": 4}
 
 
 def test_histograms_are_cumulative_and_end_in_infinity(live):

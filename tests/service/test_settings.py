@@ -7,7 +7,7 @@ import pytest
 from pydantic import ValidationError
 
 from loader.usage import Parser, UsageError
-from service import config_doc
+from service import config_doc, plan_command, serve_command
 from service.flags import add_flags, typed_flags
 from service.settings import Settings
 from service.sources import load_settings
@@ -45,6 +45,26 @@ def refusal(flags=None, config=None):
         load_settings(flags or {}, config)
     assert refused.value.exit_code == 2
     return str(refused.value)
+
+
+def test_exemplars_without_traces_are_refused(monkeypatch, toml):
+    accepted = "accepted: off, or on where traces are on"
+    assert refusal({"exemplars": "on"}) == (
+        f"--exemplars: 'on' names traces, and traces are off: turn them on too; {accepted}"
+    )
+    config = toml('exemplars = "on"')
+    for run in (serve_command.run, plan_command.run):
+        with pytest.raises(UsageError, match="exemplars: 'on' names traces"):
+            run(["--config", str(config)])
+    monkeypatch.setenv("SNUGFIT_TRACES", "on")
+    assert load_settings({}, config).exemplars == "on"
+
+
+def test_exemplars_are_not_blamed_for_what_is_wrong_with_traces():
+    assert (
+        refusal({"exemplars": "on", "traces": "yes"})
+        == "--traces: 'yes' is not accepted; accepted: on or off"
+    )
 
 
 def test_flags_win_over_the_environment_and_that_over_the_file(monkeypatch, toml):
@@ -263,7 +283,9 @@ def test_the_example_is_accepted_and_so_is_every_line_that_is_commented_out(toml
     load_settings({}, toml(example))
     options = [line for line in example.splitlines() if re.match(r"# \w+ = ", line)]
     assert len(options) > 5
+    every = {}  # one needs another that stands before it
     for line in options:
         key, value = next(iter(tomllib.loads(line[2:]).items()))
         if key not in ("api_key_file", "max_memory"):
-            load_settings({key: value})
+            every[key] = value
+            load_settings(every)

@@ -200,7 +200,7 @@ def test_a_bucket_of_a_histogram_names_the_trace_and_so_does_the_log(traced, ser
     handler.emit = lambda record: seen.append(json.loads(handler.format(record)))
     logging.getLogger("service.access").addHandler(handler)
     try:
-        with traced(exemplars="on") as live:
+        with traced(traces="on", exemplars="on") as live:
             live.post()
             trace_id = f"{traced.ended()['POST /v1/chat/completions'].context.trace_id:032x}"
             text = live.get("/metrics", headers={"accept": "application/openmetrics-text"}).text
@@ -292,6 +292,19 @@ def test_a_services_own_name_is_what_the_environment_says(sdk, monkeypatch):
     assert resource.attributes["service.name"] == "chat-in-the-lab"
 
 
+def test_where_the_environment_turns_the_sdk_off_no_line_has_a_trace(sdk, running, monkeypatch):
+    from service import logs
+
+    monkeypatch.setenv("OTEL_SDK_DISABLED", "true")
+    monkeypatch.setenv("OTEL_TRACES_EXPORTER", "none")
+    seen = []
+    with running(tracing=tracing.begin()) as live:
+        live.template.encode = lambda _messages: seen.append(logs.trace_id.get()) or (1,)
+        assert live.post().status_code == 200
+        live.post(headers={"traceparent": f"00-{TRACE}-{PARENT}-01"})
+    assert seen == ["", TRACE]
+
+
 def test_an_exporter_that_is_not_installed_is_refused_with_those_that_are(sdk, monkeypatch):
     monkeypatch.setenv("OTEL_TRACES_EXPORTER", "zipkin")
     with pytest.raises(UsageError, match=r"'zipkin' is not installed; those that are: .*console"):
@@ -309,8 +322,3 @@ def test_without_the_sdk_traces_are_refused_with_what_to_install(monkeypatch):
     with pytest.raises(UsageError, match=r'--traces on: .*pip install "snugfit\[otel\]"') as refused:
         serve_command.run(["--traces", "on"])
     assert refused.value.exit_code == 2
-
-
-def test_exemplars_without_traces_are_refused():
-    with pytest.raises(UsageError, match="--exemplars on names traces, and --traces is off"):
-        serve_command.run(["--exemplars", "on"])
