@@ -148,22 +148,33 @@ def test_tokens_but_the_first_are_told_while_the_next_step_is_computed(
 
 
 def test_the_last_token_is_told_when_the_only_other_request_leaves_in_that_step(
-    scripted_runner, engine_over, within, until
+    scripted_runner, engine_over, within
 ):
     """Then no step comes that could tell it."""
-    runner = scripted_runner(fail=lambda rows: runner.gate.clear())
+    both, last, left = threading.Event(), threading.Event(), threading.Event()
+
+    def in_step(rows):
+        if len(runner.steps) == 2:
+            assert both.wait(20)
+        if any(row.start == 40 for row in rows):  # the other one has at most 33 tokens
+            last.set()
+            assert left.wait(20)
 
     async def one_leaves(engine):
-        staying = asyncio.create_task(collect(engine, request(prompt(3), max_tokens=2)))
         leaving = engine.generate(request(prompt(3), max_tokens=30))
-        await asyncio.gather(anext(leaving), asyncio.to_thread(until, lambda: len(runner.steps) >= 1))
-        await asyncio.to_thread(until, lambda: len(runner.steps[-1]) == 2 and runner.steps[-1][0][1] == 1)
+        await anext(leaving)
+        staying = asyncio.create_task(collect(engine, request(prompt(40), max_tokens=2)))
+        await asyncio.sleep(0)  # it is submitted
+        both.set()
+        assert await asyncio.to_thread(last.wait, 20)
         await leaving.aclose()
-        runner.gate.set()
+        left.set()
         return await staying
 
+    runner = scripted_runner(fail=in_step)
     with engine_over(runner) as engine:
-        assert ids_of(within(one_leaves(engine))) == scripted_ids(3, 2)
+        assert ids_of(within(one_leaves(engine))) == scripted_ids(40, 2)
+        assert engine.stats().finished["cancelled"] == 1
 
 
 @pytest.mark.parametrize("blocks", [120, 24], ids=["ample", "preempting"])
