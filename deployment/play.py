@@ -61,7 +61,7 @@ def played() -> str:
 
 
 def values(port: int) -> dict[str, Any]:
-    """Of the chart: the built-in model quantized, the example's adapter, a key, the loopback address."""
+    """Of the chart: the built-in model quantized, the example's adapter, a key."""
     mounts = {"base": exporter_trial.BASE, "adapter": exporter_trial.ADAPTER}
     name, _, service_tag = image("service").rpartition(":")
     return {
@@ -71,7 +71,7 @@ def values(port: int) -> dict[str, Any]:
             "tag": image("exporter").rpartition(":")[2],
             "pullPolicy": "Never",
         },
-        "config": {"host": "127.0.0.1", "port": port, "model": "/models/pirate", "budget": "400MB"},
+        "config": {"port": port, "model": "/models/pirate", "budget": "400MB"},
         "model": {"source": "pvc"},
         "apiKeys": {"values": ["one-key"]},
         "resources": {"requests": {"memory": f"{MEMORY_MIB}Mi"}, "limits": {"memory": f"{MEMORY_MIB}Mi"}},
@@ -93,6 +93,8 @@ def _as_pod(document: Document) -> Document:
     """A Job becomes its pod; pods lose what only a kubelet does, and get the host's network."""
     if document["kind"] == "Secret":
         return _encoded(document)
+    if document["kind"] == "ConfigMap":
+        return _on_loopback(document)
     if document["kind"] not in ("Job", "Deployment"):
         return document
     pod = document["spec"]["template"]
@@ -109,6 +111,15 @@ def _as_pod(document: Document) -> Document:
     # Without its annotations: podman refuses a pod with one that is longer than 63 characters, as hashes are.
     metadata = {"name": document["metadata"]["name"], "labels": pod["metadata"]["labels"]}
     return {"apiVersion": "v1", "kind": "Pod", "metadata": metadata, "spec": pod["spec"]}
+
+
+def _on_loopback(config: Document) -> Document:
+    """On the host's network every address would be open to others; the chart has no values for this one."""
+    files = {
+        name: text.replace('host = "0.0.0.0"', 'host = "127.0.0.1"')
+        for name, text in config.get("data", {}).items()
+    }
+    return {**config, "data": files}
 
 
 def _encoded(secret: Document) -> Document:

@@ -68,3 +68,9 @@ def test_documents_come_in_the_order_of_their_kinds():
     made = [{"kind": kind} for kind in ("Service", "ConfigMap", "PersistentVolumeClaim", "ConfigMap")]
     kinds = [document["kind"] for document in playable(made, ["PersistentVolumeClaim", "ConfigMap"])]
     assert kinds == ["PersistentVolumeClaim", "ConfigMap", "ConfigMap"]
+
+
+def test_on_the_hosts_network_the_service_listens_on_the_loopback_address_alone():
+    made = {"kind": "ConfigMap", "data": {"snugfit.toml": 'host = "0.0.0.0"\nport = 8000'}}
+    (document,) = playable([made], ["ConfigMap"])
+    assert document["data"]["snugfit.toml"] == 'host = "127.0.0.1"\nport = 8000'
