@@ -3,6 +3,7 @@
 benchmarks/rolling.py does the same with the built-in model, and shows what fails where a proxy knows less.
 """
 
+import socket
 import sys
 from pathlib import Path
 
@@ -71,6 +72,9 @@ def test_replicas_that_were_started_are_stopped_when_the_next_one_cannot_be(tmp_
 def test_a_proxy_that_does_not_come_to_listen_is_stopped(tmp_path, monkeypatch):
     monkeypatch.setattr(proxy, "START_SECONDS", 0.1)
     silent = proxy._Running("sleep", "coreutils", tmp_path)
-    with pytest.raises(SystemExit, match="sleep did not start"):
-        silent.start("60")
+    with socket.socket() as held:
+        held.bind(("127.0.0.1", 0))  # nobody else comes to listen there meanwhile
+        silent.port = held.getsockname()[1]
+        with pytest.raises(SystemExit, match="sleep did not start"):
+            silent.start("60")
     assert silent._process.poll() is not None
