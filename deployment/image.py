@@ -67,8 +67,8 @@ def _build(base: str | None) -> str:
     base = base or build.local_base()
     build.snapshot()
     seconds = {target: build.build(target, base) for target in TARGETS}
-    told = [f"{target} {_megabytes(image(target))} in {took:.0f} s" for target, took in seconds.items()]
-    return f"{', '.join(told)} (cached layers are used), on {base} {_megabytes(base)}"
+    sizes = [f"{target} {_megabytes(image(target))} in {took:.0f} s" for target, took in seconds.items()]
+    return f"{', '.join(sizes)} (cached layers are used), on {base} {_megabytes(base)}"
 
 
 def _megabytes(name: str) -> str:

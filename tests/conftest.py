@@ -1,8 +1,25 @@
-"""The CPU kernels, where they are built."""
+"""The CPU kernels, where they are built; and the process's loggers, which a test leaves as they were."""
+
+import logging
 
 import pytest
 
+from service import logs
 from service.engine.cpu import library
+
+LOGGERS = (*logs.OURS, *logs.TALKERS, None)  # None: the root
+
+
+@pytest.fixture(autouse=True)
+def loggers_as_before():
+    """A command sends the records of the whole process to the stderr of its test, which ends with it."""
+    loggers = [logging.getLogger(name) for name in LOGGERS]
+    before = [(list(logger.handlers), logger.level, logger.propagate) for logger in loggers]
+    yield
+    for logger, (handlers, level, propagate) in zip(loggers, before, strict=True):
+        logger.handlers, logger.propagate = handlers, propagate
+        logger.setLevel(level)
+    logging.captureWarnings(False)
 
 
 @pytest.fixture(scope="session")

@@ -17,6 +17,26 @@ def good():
 
 
 @pytest.fixture(scope="session")
+def seeded():
+    """`seeded(documents, kind, "spec/ports/0/name", value)`: a copy of the first of that kind with a fault in
+    it, a field that has another value or, by `...`, is gone."""
+    return _seeded
+
+
+def _seeded(documents, kind, field, value):
+    document = deepcopy(next(document for document in documents if document["kind"] == kind))
+    *steps, last = field.split("/")
+    node = document
+    for step in steps:
+        node = node[int(step)] if isinstance(node, list) else node[step]
+    if value is ...:
+        del node[last]
+    else:
+        node[last] = value
+    return document
+
+
+@pytest.fixture(scope="session")
 def rendered():
     """Of each values file of the chart: the documents, and what the file says the cluster has besides."""
     helm = tools.helm(4) or tools.helm(3)

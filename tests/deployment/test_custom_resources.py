@@ -1,7 +1,5 @@
 """Custom resources of other projects: without a fault, and with each fault seeded into them."""
 
-from copy import deepcopy
-
 import pytest
 
 from deployment import tools
@@ -15,7 +13,7 @@ SCALED_OBJECT = {
     "metadata": {"name": "snugfit"},
     "spec": {"scaleTargetRef": {"name": "snugfit"}, "maxReplicaCount": 4, "triggers": [TRIGGER]},
 }
-GONE = object()
+GONE = ...  # as `seeded` has it
 
 # kind, field, value, what a sentence about it says
 FAULTS = [
@@ -42,33 +40,20 @@ FAULTS = [
 ]
 
 
-def seeded(documents, number, kind, field, value):
-    """A copy of the document of that kind with a fault in it. Its name tells it from the others."""
-    document = deepcopy(next(document for document in documents if document["kind"] == kind))
-    document["metadata"]["name"] = f"fault-{number}"
-    *steps, last = field.split("/")
-    node = document
-    for step in steps:
-        node = node[int(step)] if isinstance(node, list) else node[step]
-    if value is GONE:
-        del node[last]
-    else:
-        node[last] = value
-    return document
-
-
 @pytest.fixture
 def resources(good):
     return [SCALED_OBJECT, *(document for document in good if document["kind"] in MODULES)]
 
 
-def test_every_seeded_fault_is_told_and_what_is_right_has_no_problem(resources):
+def test_every_seeded_fault_is_told_and_what_is_right_has_no_problem(resources, seeded):
     """All in one call, since the compiler takes seconds to start."""
     models = tools.kubernetes_models()
     if models is None:
         pytest.skip("custom resources are NOT checked: their types take Node.js, npm and its registry")
     assert {document["kind"] for document in resources} == set(MODULES)
-    faulty = [seeded(resources, number, *fault[:3]) for number, fault in enumerate(FAULTS)]
+    faulty = [seeded(resources, *fault[:3]) for fault in FAULTS]
+    for number, document in enumerate(faulty):
+        document["metadata"]["name"] = f"fault-{number}"
     found = problems(models, [*resources, *faulty])
     for number, (kind, field, _, says) in enumerate(FAULTS):
         told = [sentence for sentence in found if sentence.startswith(f"{kind} fault-{number}: ")]

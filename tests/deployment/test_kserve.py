@@ -1,6 +1,5 @@
 """The example for KServe, and each fault seeded into it."""
 
-from copy import deepcopy
 from pathlib import Path
 
 import pytest
@@ -9,7 +8,7 @@ import yaml
 from deployment import kserve, manifests, policies, tools
 
 EXAMPLES = Path(__file__).parents[2] / "examples" / "kserve"
-GONE = object()
+GONE = ...  # as `seeded` has it
 
 # kind, field, value, what the sentence says
 FAULTS = [
@@ -48,16 +47,8 @@ def test_the_examples_have_no_problem(examples):
 
 
 @pytest.mark.parametrize(("kind", "field", "value", "says"), FAULTS)
-def test_a_seeded_fault_is_told(examples, kind, field, value, says):
-    faulty = deepcopy(next(example for example in examples if example["kind"] == kind))
-    *steps, last = field.split("/")
-    node = faulty
-    for step in steps:
-        node = node[int(step)] if isinstance(node, list) else node[step]
-    if value is GONE:
-        del node[last]
-    else:
-        node[last] = value
+def test_a_seeded_fault_is_told(examples, seeded, kind, field, value, says):
+    faulty = seeded(examples, kind, field, value)
     (sentence,) = kserve.problems([faulty])
     assert sentence.startswith(f"{kind} {faulty['metadata']['name']}: ")
     assert says in sentence

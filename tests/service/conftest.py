@@ -29,20 +29,6 @@ NAME = "lab/tiny"
 HALVES = ("🙂".encode()[:2], "🙂".encode()[2:])
 
 
-@pytest.fixture(autouse=True)
-def no_handler_stays():
-    """A command sends the records of the whole process to the stderr of its test, which ends with it."""
-    loggers = [logging.getLogger(name) for name in ("loader", "service")]
-    before, level = [(each.handlers, each.level, each.propagate) for each in loggers], logging.root.level
-    yield
-    for logger, (handlers, own_level, propagate) in zip(loggers, before, strict=True):
-        logger.handlers, logger.level, logger.propagate = handlers, own_level, propagate
-    logging.root.handlers = [
-        each for each in logging.root.handlers if type(each) is not logging.StreamHandler
-    ]
-    logging.root.setLevel(level)
-
-
 def until(condition, what="it"):
     """Poll with a deadline."""
     deadline = time.monotonic() + DEADLINE_S

@@ -16,21 +16,8 @@ from service import logs
 from service.engine.types import StepFailed
 from service.prompt.template import TemplateRefused
 
-PACKAGES = ("loader", "service", *logs.TALKERS, None)
 CANARY = "xyzzy-canary"
 RFC3339 = re.compile(r"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d\.\d{3}Z")
-
-
-@pytest.fixture(autouse=True)
-def as_before():
-    """`to_stderr` changes loggers of the whole process."""
-    loggers = [logging.getLogger(name) for name in PACKAGES]
-    before = [(list(logger.handlers), logger.level, logger.propagate) for logger in loggers]
-    yield
-    for logger, (handlers, level, propagate) in zip(loggers, before, strict=True):
-        logger.handlers, logger.propagate = handlers, propagate
-        logger.setLevel(level)
-    logging.captureWarnings(False)
 
 
 @pytest.fixture
