@@ -41,6 +41,13 @@ class LoadedModel:
         """The most that each device of the plan but the disk has held for this model so far, in bytes."""
         return self._meter.peak_bytes()
 
+    def recount(self) -> None:
+        """Count what a GPU's driver has taken since the start, too.
+
+        Call it once, after a rehearsal: what others take of the card meanwhile cannot be told from it.
+        """
+        self._meter.recount()
+
     def close(self) -> None:
         """Give the memory back. Idempotent."""
         if self.model is None:

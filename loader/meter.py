@@ -10,15 +10,16 @@ from contextlib import suppress
 
 from loader import probe
 from loader.errors import CudaTakesMore
+from loader.placement import CUDA_GRAPHS_BYTES
 from loader.plan import Plan
 from loader.probe import Machine
 
 # M_MMAP_THRESHOLD and M_TRIM_THRESHOLD of mallopt(3), as glibc starts with them. Left alone they grow with
 # every large block that is freed, up to 32 and 64 MiB, and freed blocks below that stay with the process.
 MALLOC_OPTIONS = {-3: 128 * 2**10, -1: 128 * 2**10}
-# CUDA loads a kernel when it is first used, beside torch's allocator: on an H100, 2 MB more after a rehearsal
-# and an answer, and 13 with cuDNN's attention.
-LATER_KERNELS_BYTES = 32 * 2**20
+# CUDA loads a kernel when it is first used, with room for what its threads keep, beside torch's allocator: on
+# an H100, 76 MB more after a first step with FlashAttention.
+LATER_KERNELS_BYTES = 80_000_000
 # A weight that is copied in for a moment leaves a large free block. Were small tensors cut out of it, which
 # stay, the next weight would need a block beside it: a 7B with all its weights offloaded took 1 GB more.
 DO_NOT_SPLIT = "max_split_size_mb:32"
@@ -49,10 +50,14 @@ class Meter:
         if self._configured:
             _configure_allocator(DO_NOT_SPLIT)
         before = None if _cuda_runs() else probe.machine()
-        planned_bytes = plan.budget.context_bytes
-        self._context_bytes = {gpu: _context_bytes(gpu, before, planned_bytes) for gpu in gpus}
+        self._free_before = {gpu: _free_before(gpu, before) for gpu in gpus}
+        planned_bytes = max(plan.budget.context_bytes - LATER_KERNELS_BYTES, 0)
+        self._context_bytes = {
+            gpu: _context_bytes(gpu, self._free_before[gpu], planned_bytes) for gpu in gpus
+        }
+        later_bytes = LATER_KERNELS_BYTES + (0 if plan.offloaded_bytes else CUDA_GRAPHS_BYTES)
         for gpu, context_bytes in self._context_bytes.items():
-            _cap(gpu, plan.budget.limits[gpu] - context_bytes - LATER_KERNELS_BYTES)
+            _cap(gpu, plan.budget.limits[gpu] - context_bytes - later_bytes)
         gc.collect()
         # Where the peak cannot be started again, what is above the one so far is all that can be told.
         started = probe.reset_peak()
@@ -65,6 +70,13 @@ class Meter:
             need_bytes = device.peak_bytes - device.reserve_bytes + context_bytes + LATER_KERNELS_BYTES
             if context_bytes and need_bytes > device.budget_bytes:
                 raise CudaTakesMore(device.device, context_bytes, need_bytes, device.budget_bytes)
+
+    def recount(self) -> None:
+        """What CUDA has taken since, beside torch's allocator, counts from now on: kernels and graphs."""
+        for gpu, was_free in self._free_before.items():
+            if was_free is not None:
+                taken = _beside_the_allocator(gpu, was_free)
+                self._context_bytes[gpu] = max(self._context_bytes[gpu], taken)
 
     def close(self) -> None:
         """Give back what torch's allocator keeps of each GPU, and take the caps off."""
@@ -109,23 +121,30 @@ def _cuda_runs() -> bool:
     return torch is not None and torch.cuda.is_initialized()
 
 
-def _context_bytes(device: str, before: Machine | None, planned_bytes: int) -> int:
-    """Create the CUDA context and return what it takes, torch's allocator aside.
+def _free_before(device: str, before: Machine | None) -> int | None:
+    """Of a GPU, free bytes before any context was created; `before` is None when there was one already."""
+    import torch
 
-    `before` is the machine before any context was created, None when there was one already. Where nothing is
-    known of that moment, the context counts as much as was planned for it.
-    """
+    uuid = str(torch.cuda.get_device_properties(device).uuid)  # NVML may number the cards otherwise
+    gpus = before.gpus if before else ()
+    return next((gpu.free_bytes for gpu in gpus if gpu.uuid.endswith(uuid)), None)
+
+
+def _context_bytes(device: str, was_free: int | None, planned_bytes: int) -> int:
+    """Create the CUDA context and return what it takes, torch's allocator aside. Where nothing is known of
+    the moment before, it counts as much as was planned for it."""
     import torch
 
     warm = torch.ones(64, 64, dtype=torch.bfloat16, device=device)
     (warm @ warm).sum().item()  # kernels and cuBLAS are loaded when they are first used
     torch.cuda.reset_peak_memory_stats(device)
+    return planned_bytes if was_free is None else _beside_the_allocator(device, was_free)
+
+
+def _beside_the_allocator(device: str, was_free: int) -> int:
+    import torch
+
     free_bytes, _ = torch.cuda.mem_get_info(device)
-    uuid = str(torch.cuda.get_device_properties(device).uuid)  # NVML may number the cards otherwise
-    gpus = before.gpus if before else ()
-    was_free = next((gpu.free_bytes for gpu in gpus if gpu.uuid.endswith(uuid)), None)
-    if was_free is None:
-        return planned_bytes
     return max(was_free - free_bytes - torch.cuda.memory_reserved(device), 0)
 
 

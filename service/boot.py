@@ -75,10 +75,13 @@ def _open(settings: Settings, plan: Plan, progress: Progress, opened: ExitStack)
         loaded = load(plan, report)
     opened.callback(loaded.close)
     progress.enter("rehearsing the largest request")
-    runner = make_runner(loaded.model, loaded.device, plan, settings.prefix_reuse == "on")
+    runner = make_runner(
+        loaded.model, loaded.device, plan, settings.prefix_reuse == "on", settings.gpu_kernels == "auto"
+    )
     with ExitStack() as until_the_engine_has_it:
         until_the_engine_has_it.callback(runner.close)
         runner.rehearse()
+        loaded.recount()
         check_against_plan(plan, loaded.measured_peak_bytes())
         progress.enter("starting the engine")
         engine = StepEngine(runner, tokenizer, settings.max_queue, settings.max_wait_seconds or None)

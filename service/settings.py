@@ -130,6 +130,11 @@ class Settings(BaseSettings):
         "Highest instruction set of the CPU kernels: auto (the best there is), off (torch alone computes), "
         "scalar, neon, avx2, avx512, avx512_bf16 or amx.",
     )
+    gpu_kernels: Literal["auto", "off"] = _memory(
+        "auto", "MODE", "auto or off",
+        "Whether kernels of ours compute the layers on an NVIDIA GPU: auto (of families that they know), off "
+        "(torch alone computes).",
+    )
     prefix_reuse: Literal["on", "off"] = _memory(
         "on", "MODE", "on or off",
         "Whether a prompt that begins like an earlier one is read only from where they part. By the time it "

@@ -17,9 +17,10 @@ from service.engine.pool import LayerShape, LayerStore, Shapes
 
 FLASH_BLOCK_TOKENS = 256  # FlashAttention-2 takes pages of multiples of this
 FLASH_HEAD_DIM = 256
+WRONG_KEYS = 32
 
 
-class _Paged:
+class Paged:
     """Keys and values [blocks, block_tokens, kv_heads, head_dim]."""
 
     def __init__(self, store: LayerStore) -> None:
@@ -37,7 +38,7 @@ class _Paged:
         self._flat[1].index_copy_(0, slots, value)
 
 
-class TorchAttention(_Paged):
+class TorchAttention(Paged):
     """Each sequence by itself, through a copy of its keys and values: the oracle of the other backends.
 
     On the CPU a token's attention does not depend on what else is in the batch.
@@ -64,14 +65,20 @@ class TorchAttention(_Paged):
         span = batch.spans[row]
         first = self._first_seen(span.start)
         keys, values = self._gather(batch, row, first, span.length)
-        for at in range(0, span.count, QUERIES_AT_ONCE):
-            count = min(QUERIES_AT_ONCE, span.count - at)
-            start = span.start + at
+        start, end = span.start, span.length
+        while start < end:
             low = self._first_seen(start)
-            piece = slice(span.first + at, span.first + at + count)
-            seen = slice(low - first, start + count - first)
+            count = self._at_once(end - start, start - low)
+            at = span.first + start - span.start
+            piece, seen = slice(at, at + count), slice(low - first, start + count - first)
             mask = self._mask(start, count, low, query.device)
             output[piece] = _attention(query[piece], keys[seen], values[seen], mask, scale, softcap)
+            start += count
+
+    def _at_once(self, queries: int, before: int) -> int:
+        """How many of a row's next queries go together; the first of them sees `before` tokens and itself."""
+        del before
+        return min(QUERIES_AT_ONCE, queries)
 
     def _first_seen(self, position: int) -> int:
         """The first token that the one at `position` sees."""
@@ -100,7 +107,12 @@ class TorchAttention(_Paged):
 
 class PaddedTorchAttention(TorchAttention):
     """For GPUs that FlashAttention does not serve, where a sequence at a time is too many launches: single
-    tokens go together, in groups whose padded copies are no larger than that of one full context."""
+    tokens go together, in groups whose padded copies are no larger than that of one full context.
+
+    Queries of a prompt that would see 1, 33, 65 ... keys together are split otherwise: there torch 2.13's
+    memory-efficient attention computes something else when a mask is given and heads share keys
+    (pytorch/pytorch#191937).
+    """
 
     def attend(self, query: torch.Tensor, batch: Batch, scale: float, softcap: float | None) -> torch.Tensor:
         if softcap is not None:
@@ -113,6 +125,10 @@ class PaddedTorchAttention(TorchAttention):
             if span.count > 1:
                 self._attend_row(query, batch, row, scale, softcap, output)
         return output
+
+    def _at_once(self, queries: int, before: int) -> int:
+        count = super()._at_once(queries, before)
+        return count - 1 if count > 1 and (before + count) % WRONG_KEYS == 1 else count
 
     def _groups(self, rows: list[int], batch: Batch) -> Iterator[list[int]]:
         """Rows of like length together, so that their padded copies take no more than one full context."""
@@ -160,9 +176,8 @@ class PaddedTorchAttention(TorchAttention):
         # The heads that share a key are its queries: no key is repeated, for there is but one token.
         queries = query[at].view(len(rows), kv_heads, -1, head_dim)
         seen = mask[:, None, None].expand(-1, -1, queries.shape[2], -1)
-        output[at] = scaled_dot_product_attention(queries, keys, values, attn_mask=seen, scale=scale).view(
-            len(rows), -1, head_dim
-        )
+        out = scaled_dot_product_attention(queries, keys, values, attn_mask=seen, scale=scale)
+        output[at] = out.reshape(len(rows), -1, head_dim)  # on a GPU its heads may lie outermost
 
 
 def _attention(
@@ -202,13 +217,14 @@ def _capped(
     return torch.matmul(scores.softmax(-1).to(values.dtype), values)
 
 
-class VarlenAttention(_Paged):
+class VarlenAttention(Paged):
     """torch.nn.attention.varlen: FlashAttention-2 reads the blocks where they are.
 
     What holds for the same token in other batches: tokens of prompts are attended to in one pass over the
-    keys (num_splits=1), in an order that other rows do not change. Single tokens leave the number of splits
-    to the kernel, which takes it from the number of rows and the context, so the last bit may differ between
-    batches of different sizes; as it may in cuBLAS' products.
+    keys (num_splits=1), in an order that other rows do not change. Single tokens whose heads share keys leave
+    the number of splits to the kernel, which takes it from the number of rows and the context, so the last
+    bit may differ between batches of different sizes; as it may in cuBLAS' products. In any other form torch
+    2.13 puts the splits of packed rows together in the wrong places, so there is one.
     """
 
     recordable = True
@@ -223,8 +239,9 @@ class VarlenAttention(_Paged):
         # A single token sees all there is, causal or not; and only without any window FlashAttention reads
         # keys once for all heads that share them, and splits them over the GPU.
         window = (-1, -1) if batch.decodes else (-1, 0)
-        if store.window is not None:
+        if store.window is not None and store.window < batch.max_length:
             window = (store.window - 1, 0)
+        splits = window == (-1, -1) and query.shape[1] > store.keys.shape[2]
         return _varlen_attn(
             query,
             store.keys,
@@ -238,7 +255,7 @@ class VarlenAttention(_Paged):
             enable_gqa=True,
             seqused_k=batch.lengths,
             block_table=batch.tables[store.group],
-            num_splits=None if batch.decodes else 1,
+            num_splits=None if splits else 1,
         )
 
     @staticmethod

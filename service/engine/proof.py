@@ -17,17 +17,17 @@ LEAST_LIKENESS = 0.97
 
 
 class KernelsDiffer(LoaderError):
-    """The CPU kernels do not compute what the model's own code does, on this machine or of this version."""
+    """Our kernels do not compute what the model's own code does, on this machine or of this version."""
 
-    def __init__(self, found: str) -> None:
+    def __init__(self, switch: str, found: str) -> None:
         super().__init__(
-            f"with the CPU kernels this model computes something else: {found}. Start it with --cpu-isa off, "
+            f"with our kernels this model computes something else: {found}. Start it with {switch}, "
             "and report this with the versions of torch and transformers."
         )
 
 
-def prove(runner: StepRunner, change: Callable[[], None]) -> None:
-    """Compare logits before and after `change`. Raises KernelsDiffer.
+def prove(runner: StepRunner, change: Callable[[], None], switch: str) -> None:
+    """Compare logits before and after `change`, which `switch` turns off. Raises KernelsDiffer.
 
     Two sequences that are read together, so that rows are told apart as well. Their blocks are the first
     ones, which nobody holds yet.
@@ -38,10 +38,12 @@ def prove(runner: StepRunner, change: Callable[[], None]) -> None:
     try:
         after = runner.step(rows).float()
     except (AttributeError, TypeError) as error:  # a module that reads a weight which is packed now
-        raise KernelsDiffer(f"{type(error).__name__}: {error}") from error
+        raise KernelsDiffer(switch, f"{type(error).__name__}: {error}") from error
     likeness = _likeness(before, after)
     if not likeness >= LEAST_LIKENESS:  # NaN is not, either
-        raise KernelsDiffer(f"the likeness of its logits is {likeness:.3f}, less than {LEAST_LIKENESS}")
+        raise KernelsDiffer(
+            switch, f"the likeness of its logits is {likeness:.3f}, less than {LEAST_LIKENESS}"
+        )
 
 
 def _rows(runner: StepRunner) -> list[Row]:

@@ -20,6 +20,7 @@ from service.engine.backends import backend_for
 from service.engine.batch import Batcher, Step
 from service.engine.cpu import library
 from service.engine.cpu.packing import pack
+from service.engine.cuda.fusing import fuse
 from service.engine.devices import check_device, numbered
 from service.engine.graphs import CudaRecorder, DecodeGraphs, Recorder
 from service.engine.pool import LayerShape, LayerStore
@@ -35,11 +36,13 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 
-def make_runner(model: Any, device: Any, plan: Plan, prefix_reuse: bool = True) -> Runner | SingleRunner:
+def make_runner(
+    model: Any, device: Any, plan: Plan, prefix_reuse: bool = True, gpu_kernels: bool = True
+) -> Runner | SingleRunner:
     """The runner that the plan asks for: of many sequences at once, or of one whose cache is of another kind.
 
-    `device` is where the model's inputs go. Raises UnsupportedModel when the model asks for another attention
-    than ours, which the plan should have known.
+    `device` is where the model's inputs go. `gpu_kernels`: whether ours compute there. Raises
+    UnsupportedModel when the model asks for another attention than ours, which the plan should have known.
     """
     # On an H100 torch prefers cuDNN's attention, which builds a plan for every length that it has not met
     # (60 ms for each new token) and keeps them all.
@@ -55,6 +58,8 @@ def make_runner(model: Any, device: Any, plan: Plan, prefix_reuse: bool = True) 
         raise UnsupportedModel(spec.source, spec.model_type, reason) from refusal
     if torch.device(device).type == "cpu":
         _pack(model, runner)
+    elif gpu_kernels:
+        fuse(model, runner, numbered(torch.device(device)))
     return runner
 
 
@@ -62,7 +67,7 @@ def _pack(model: Any, runner: Runner) -> None:
     """Let the CPU kernels have what they can compute. Raises KernelsDiffer when they compute otherwise."""
     found = library.kernels()
     if found is not None:
-        prove(runner, partial(pack, model, found))
+        prove(runner, partial(pack, model, found), "--cpu-isa off")
     log.info("%s", library.describe())
 
 

@@ -78,9 +78,10 @@ def test_float32_answers_are_those_of_generate(family, more, window):
     assert answers(made, asked, window=window) == expected
 
 
-@pytest.mark.parametrize("window", [None, 300])
+@pytest.mark.parametrize("heads", [8, 2], ids=["shared keys", "own keys"])
+@pytest.mark.parametrize("window", [None, 300, 900])
 @pytest.mark.parametrize("counts", [(1, 1, 1), (300, 1, 77)], ids=["single tokens", "mixed"])
-def test_flash_attention_sees_what_torchs_does(window, counts):
+def test_flash_attention_sees_what_torchs_does(window, counts, heads):
     device, shape = torch.device("cuda:0"), (17, BLOCK, 2, 64)
     layout = KvLayout(BLOCK, (KvGroup(window, (0,), 16),))
     keys, values = (torch.randn(shape, device=device, dtype=torch.bfloat16) for _ in "kv")
@@ -90,7 +91,7 @@ def test_flash_attention_sees_what_torchs_does(window, counts):
         for at, (count, start) in enumerate(zip(counts, (700, 511, 0), strict=True))
     ]
     batch = Batcher(layout, CONTEXT, ROWS, 512, device).build(rows).main
-    query = torch.randn(sum(counts), 8, 64, device=device, dtype=torch.bfloat16)
+    query = torch.randn(sum(counts), heads, 64, device=device, dtype=torch.bfloat16)
     flash, plain = (
         kind(store).attend(query, batch, 0.125, None) for kind in (VarlenAttention, TorchAttention)
     )

@@ -15,6 +15,7 @@ import torch
 from loader import checkpoint, probe
 from loader.budget import MemoryBudget
 from loader.errors import BudgetExceeded, OutOfMemory
+from loader.placement import CUDA_GRAPHS_BYTES
 from loader.plan import make_plan
 from service.backend import Progress
 from service.boot import start_backend
@@ -55,6 +56,7 @@ from service.nvml import Nvml
 loaded = load(plan)
 runner = make_runner(loaded.model, loaded.device, plan)
 runner.rehearse()
+loaded.recount()
 rehearsed = loaded.measured_peak_bytes()["cuda:0"]
 tables = tuple([*range(-(-context // plan.kv.block_tokens))] for _ in plan.kv.groups)
 choose = lambda new, start: int(runner.step([Row(new, start, tables, True)])[0].argmax())
@@ -85,6 +87,11 @@ def smallest():
     with pytest.raises(BudgetExceeded) as caught:
         plan_for(100 * MB)
     return caught.value.smallest_bytes
+
+
+def exact():
+    """What is planned when there is more than enough."""
+    return plan_for(2 * GB).devices[0].peak_bytes
 
 
 @pytest.fixture(scope="module")
@@ -120,14 +127,15 @@ def generated():
     return out[0, len(IDS) :].tolist()
 
 
-@pytest.fixture(params=["resident", "offloaded"])
+@pytest.fixture(params=["resident", "exactly the plan", "offloaded"])
 def budget_bytes(request):
-    return 2 * GB if request.param == "resident" else smallest()
+    sizes = {"resident": lambda: 2 * GB, "exactly the plan": exact, "offloaded": smallest}
+    return sizes[request.param]()
 
 
 def test_no_more_than_the_budget_is_used_and_the_tokens_are_those_of_generate(run, generated, budget_bytes):
     plan, result = plan_for(budget_bytes), run(budget_bytes)
-    assert (plan.offloaded_bytes > 0) == (budget_bytes < GB)
+    assert (plan.offloaded_bytes > 0) == (budget_bytes < exact())
     assert result["tokens"] == generated
     assert result["measured"] <= plan.devices[0].peak_bytes <= budget_bytes
     assert result["card"] <= budget_bytes
@@ -136,14 +144,15 @@ def test_no_more_than_the_budget_is_used_and_the_tokens_are_those_of_generate(ru
 
 def test_what_is_measured_is_what_the_driver_counts(run, budget_bytes):
     result = run(budget_bytes)
-    assert result["context"] + result["reserved"] == pytest.approx(result["card"], abs=64 * MiB)
+    assert result["context"] + result["reserved"] == pytest.approx(result["card"], abs=16 * MiB)
     if result["process"] is not None:
-        assert result["process"] == pytest.approx(result["card"], abs=64 * MiB)
+        assert result["process"] == pytest.approx(result["card"], abs=16 * MiB)
 
 
 def test_the_context_takes_about_what_is_planned_for_it(run, budget_bytes):
     planned = plan_for(budget_bytes).budget.context_bytes
-    assert 0.5 * planned < run(budget_bytes)["context"] < planned
+    graphs = CUDA_GRAPHS_BYTES if budget_bytes >= exact() else 0
+    assert 0.5 * planned < run(budget_bytes)["context"] < planned + graphs
 
 
 def test_closing_gives_the_memory_back(run, budget_bytes):

@@ -13,12 +13,14 @@ from loader.checkpoint import ModelSpec
 from loader.errors import CudaTakesMore
 from loader.kv_layout import KvGroup, KvLayout
 from loader.meter import DO_NOT_SPLIT, LATER_KERNELS_BYTES, Meter
+from loader.placement import CUDA_GRAPHS_BYTES
 from loader.plan import DevicePlan, Plan
 from loader.probe import Gpu, Machine
 
 GB = 10**9
 MB = 10**6
 TOTAL = 16 * GB
+LATER_BYTES = LATER_KERNELS_BYTES + CUDA_GRAPHS_BYTES  # that the driver takes after the first product
 UUIDS = {"cuda:0": "aaaa", "cuda:1": "bbbb"}
 
 
@@ -76,7 +78,7 @@ def test_the_allocator_is_capped_at_the_budget_less_the_measured_context_and_lat
 ):
     nvml(monkeypatch, "cuda:0")
     meter = Meter(plan_for(["cuda:0"], budget("cuda:0")))
-    assert cards.fractions["cuda:0"] * TOTAL == pytest.approx(8 * GB - 500 * MB - LATER_KERNELS_BYTES)
+    assert cards.fractions["cuda:0"] * TOTAL == pytest.approx(8 * GB - 500 * MB - LATER_BYTES)
     assert meter.peak_bytes() == {"cuda:0": 500 * MB + 7 * GB}
 
 
@@ -84,22 +86,20 @@ def test_cards_that_nvml_numbers_otherwise_are_not_mixed_up(cards, monkeypatch):
     nvml(monkeypatch, "cuda:1", "cuda:0")
     Meter(plan_for(["cuda:0", "cuda:1"], budget("cuda:0", "cuda:1")))
     for device in ("cuda:0", "cuda:1"):
-        assert cards.fractions[device] * TOTAL == pytest.approx(8 * GB - 500 * MB - LATER_KERNELS_BYTES)
+        assert cards.fractions[device] * TOTAL == pytest.approx(8 * GB - 500 * MB - LATER_BYTES)
 
 
 def test_without_nvml_the_context_counts_as_much_as_was_planned_for_it(cards, monkeypatch):
     nvml(monkeypatch)
     Meter(plan_for(["cuda:0"], budget("cuda:0")))
-    assert cards.fractions["cuda:0"] * TOTAL == pytest.approx(
-        8 * GB - CUDA_CONTEXT_BYTES - LATER_KERNELS_BYTES
-    )
+    assert cards.fractions["cuda:0"] * TOTAL == pytest.approx(8 * GB - CUDA_CONTEXT_BYTES - CUDA_GRAPHS_BYTES)
 
 
 def test_a_context_that_was_there_before_counts_as_much_as_was_planned_for_it(cards, monkeypatch):
     nvml(monkeypatch, "cuda:0")
     monkeypatch.setattr(torch.cuda, "is_initialized", lambda: True)
     meter = Meter(plan_for(["cuda:0"], budget("cuda:0")))
-    assert meter.peak_bytes() == {"cuda:0": CUDA_CONTEXT_BYTES + 7 * GB}
+    assert meter.peak_bytes() == {"cuda:0": CUDA_CONTEXT_BYTES - LATER_KERNELS_BYTES + 7 * GB}
 
 
 def test_what_does_not_fit_beside_the_context_is_refused_before_weights_are_read(cards, monkeypatch):
@@ -127,6 +127,33 @@ def test_large_blocks_are_kept_whole_where_weights_are_copied_in_unless_the_user
         monkeypatch.setenv(name, value)
     Meter(replace(plan_for(["cuda:0"], budget("cuda:0")), offloaded_bytes=offloaded_bytes)).close()
     assert settings == wanted
+
+
+def test_a_model_whose_weights_are_copied_in_has_no_graphs_to_spare_room_for(cards, monkeypatch):
+    nvml(monkeypatch, "cuda:0")
+    monkeypatch.setattr(torch._C, "_accelerator_setAllocatorSettings", lambda settings: None)
+    Meter(replace(plan_for(["cuda:0"], budget("cuda:0")), offloaded_bytes=5 * GB))
+    assert cards.fractions["cuda:0"] * TOTAL == pytest.approx(8 * GB - 500 * MB - LATER_KERNELS_BYTES)
+
+
+def test_what_the_driver_takes_later_is_counted_when_it_is_asked_for(cards, monkeypatch):
+    nvml(monkeypatch, "cuda:0")
+    meter = Meter(plan_for(["cuda:0"], budget("cuda:0")))
+    cards.free["cuda:0"] -= 90 * MB
+    assert meter.peak_bytes() == {"cuda:0": 500 * MB + 7 * GB}
+    meter.recount()
+    assert meter.peak_bytes() == {"cuda:0": 590 * MB + 7 * GB}
+    cards.free["cuda:0"] += 60 * MB  # somebody else's
+    meter.recount()
+    assert meter.peak_bytes() == {"cuda:0": 590 * MB + 7 * GB}
+
+
+def test_where_nothing_is_known_of_before_there_is_nothing_to_count_again(cards, monkeypatch):
+    nvml(monkeypatch)
+    meter = Meter(plan_for(["cuda:0"], budget("cuda:0")))
+    before = meter.peak_bytes()
+    meter.recount()
+    assert meter.peak_bytes() == before
 
 
 def test_closing_takes_the_cap_off(cards, monkeypatch):

@@ -15,30 +15,18 @@ from service.engine.batch import Batch
 from service.engine.cpu import library
 from service.engine.cpu.attention import NativeAttention
 from service.engine.cpu.library import Kernels
-from service.engine.cpu.modules import (
-    GATED_MLP,
-    SILU,
-    Matrix,
-    activation_of,
-    is_hooked,
-    is_ours,
-    ours,
-    packable,
-)
+from service.engine.cpu.modules import Matrix, is_ours, ours, packable
 from service.engine.cpu.scratch import Scratch
+from service.engine.families import ATTENTION, GATED_MLP, LLAMA_KINDS, SILU, activation_of, is_hooked
 
-# Classes whose forward was what `layer` of ops.h computes when this was written. Whether it still is, a check
-# after packing finds out (service.engine.proof).
-KINDS = frozenset({"LlamaDecoderLayer", "MistralDecoderLayer", "Qwen2DecoderLayer", "Qwen3DecoderLayer"})
-_ATTENTION = ("q_proj", "k_proj", "v_proj", "o_proj")
 Tables = tuple[torch.Tensor, torch.Tensor]  # cos and sin of the step's positions, [1, tokens, head_dim]
 
 
 def fusible(layer: Any) -> bool:
     """Whether the kernels compute this layer as its class does."""
-    if type(layer).__name__ not in KINDS or any(map(is_hooked, layer.modules())):
+    if type(layer).__name__ not in LLAMA_KINDS or any(map(is_hooked, layer.modules())):
         return False
-    linears = [getattr(layer.self_attn, name) for name in _ATTENTION]
+    linears = [getattr(layer.self_attn, name) for name in ATTENTION]
     linears += [getattr(layer.mlp, name) for name in GATED_MLP]
     return (
         activation_of(layer.mlp) == SILU
@@ -59,7 +47,7 @@ class PackedDecoderLayer(nn.Module):
         own, mlp = layer.self_attn, layer.mlp
         self._matrices = {
             name.removesuffix("_proj"): Matrix(kernels, getattr(part, name))
-            for part, names in ((own, _ATTENTION), (mlp, GATED_MLP))
+            for part, names in ((own, ATTENTION), (mlp, GATED_MLP))
             for name in names
         }
         norms = {

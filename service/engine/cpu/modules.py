@@ -14,12 +14,9 @@ from torch import nn
 
 from service.engine.cpu.library import Kernels, Weight
 from service.engine.cpu.scratch import Scratch
+from service.engine.families import is_hooked
 
 ROWS, COLUMNS = 16, 32  # a packed weight's shape is a multiple of
-GATED_MLP = ("gate_proj", "up_proj", "down_proj")
-SILU = 0
-# enum Activation of linear.h, by the classes that transformers' ACT2FN gives.
-ACTIVATIONS = {"SiLU": SILU, "SiLUActivation": SILU, "GELUTanh": 1, "PytorchGELUTanh": 1, "GELUActivation": 2}
 
 
 def is_ours(x: torch.Tensor) -> bool:
@@ -32,16 +29,6 @@ def ours(x: torch.Tensor) -> torch.Tensor:
     if x.dtype != torch.bfloat16 or x.device.type != "cpu":
         raise TypeError(f"the CPU kernels take bfloat16 on the CPU, and this is {x.dtype} on {x.device}")
     return x
-
-
-def is_hooked(module: nn.Module) -> bool:
-    """Whether something is done around a module's forward, by accelerate for one: then it stays."""
-    return hasattr(module, "_hf_hook") or bool(module._forward_hooks or module._forward_pre_hooks)
-
-
-def activation_of(mlp: Any) -> int | None:
-    """Which of the kernels' activations an MLP has; None: another one."""
-    return ACTIVATIONS.get(type(getattr(mlp, "act_fn", None)).__name__)
 
 
 def packable(linear: Any) -> bool:

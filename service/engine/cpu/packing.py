@@ -15,18 +15,16 @@ from service.engine.cpu.attention import NativeAttention
 from service.engine.cpu.decoder import PackedDecoderLayer, PackedStack, fusible
 from service.engine.cpu.library import Kernels
 from service.engine.cpu.modules import (
-    GATED_MLP,
     Matrix,
     PackedEmbedding,
     PackedLinear,
     PackedMlp,
     PackedRmsNorm,
-    activation_of,
-    is_hooked,
     is_ours,
     packable,
 )
 from service.engine.cpu.scratch import Scratch
+from service.engine.families import GATED_MLP, activation_of, is_hooked
 
 # The lines by which a class is known, whatever family it is from.
 _MLP_LINE = "self.down_proj(self.act_fn(self.gate_proj(x)) * self.up_proj(x))"

@@ -7,6 +7,8 @@ from loader.errors import LoaderError
 from loader.kv_layout import KvGroup, KvLayout
 from service.engine.proof import KernelsDiffer, prove
 
+SWITCH = "--gpu-kernels off"
+
 
 class Logits:
     """A runner whose logits are what `give(rows)` says."""
@@ -31,7 +33,7 @@ def normal(seed, rows=2, noise=0.0):
 
 def test_rounding_passes():
     answers = iter([normal(1), normal(1, noise=0.05)])
-    prove(Logits(lambda rows: next(answers)), lambda: None)
+    prove(Logits(lambda rows: next(answers)), lambda: None, SWITCH)
 
 
 @pytest.mark.parametrize(
@@ -40,14 +42,14 @@ def test_rounding_passes():
 )
 def test_other_logits_are_refused_before_anybody_is_served(after):
     answers = iter([normal(1), after])
-    with pytest.raises(KernelsDiffer, match="--cpu-isa off") as caught:
-        prove(Logits(lambda rows: next(answers)), lambda: None)
+    with pytest.raises(KernelsDiffer, match=SWITCH) as caught:
+        prove(Logits(lambda rows: next(answers)), lambda: None, SWITCH)
     assert isinstance(caught.value, LoaderError)
 
 
 def test_the_change_happens_between_the_two_steps():
     runner = Logits(lambda rows: normal(1))
-    prove(runner, lambda: runner.seen.append("changed"))
+    prove(runner, lambda: runner.seen.append("changed"), SWITCH)
     before, change, after = runner.seen
     assert (before, change) == (after, "changed")
 
@@ -60,7 +62,7 @@ def test_a_module_that_misses_its_weight_is_told_by_name():
 
     runner = Logits(give)
     with pytest.raises(KernelsDiffer, match="no attribute 'weight'"):
-        prove(runner, lambda: None)
+        prove(runner, lambda: None, SWITCH)
 
 
 @pytest.mark.parametrize(
@@ -74,7 +76,7 @@ def test_a_module_that_misses_its_weight_is_told_by_name():
 )
 def test_the_rows_fit_what_there_is(sizes):
     runner = Logits(lambda rows: normal(1, len(rows)), **sizes)
-    prove(runner, lambda: None)
+    prove(runner, lambda: None, SWITCH)
     (rows, _) = runner.seen
     assert 1 <= len(rows) <= runner.concurrency
     assert sum(len(row.ids) for row in rows) <= runner.chunk_tokens
