@@ -7,7 +7,9 @@ image, arguments, files, rights, limits. Exit code 1 when a step fails; `make im
 
 from __future__ import annotations
 
+import os
 import re
+import shutil
 import subprocess
 import sys
 import time
@@ -33,6 +35,7 @@ MEMORY_MIB = 1024
 KEY_FILE = "/etc/snugfit/keys/api-keys"
 WAIT_SECONDS = 3
 JOB_SECONDS = 120
+PODMANS_OWN = ("/usr/libexec/podman", "/usr/lib/podman")  # where podman looks, too
 PLAY_LOG = FOLDER / "play.log"
 # A kubelet's work, for which podman has nothing, or needs systemd.
 KUBELETS = ("ports", "startupProbe", "readinessProbe", "livenessProbe", "lifecycle")
@@ -217,6 +220,12 @@ def _file(name: str, manifests: Sequence[Mapping[str, Any]]) -> Path:
     return path
 
 
+def need_pause() -> None:
+    """podman makes a pod's first container of it. Raises Skipped."""
+    if not shutil.which("catatonit", path=os.pathsep.join([os.environ.get("PATH", ""), *PODMANS_OWN])):
+        raise Skipped("catatonit is not installed: apt-get install catatonit")
+
+
 def _said() -> str:
     return PLAY_LOG.read_text()[:1000]
 
@@ -225,6 +234,7 @@ def _helm() -> Path:
     helm = tools.helm(4) or tools.helm(3)
     if helm is None:
         raise Skipped("Helm cannot be fetched")
+    need_pause()
     for target in ("service", "exporter"):
         if call("podman", "image", "exists", image(target)).returncode:
             raise Skipped(f"there is no image {image(target)}: run make image first")

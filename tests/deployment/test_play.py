@@ -6,6 +6,8 @@ from copy import deepcopy
 
 import pytest
 
+from deployment import play
+from deployment.outcome import Skipped
 from deployment.play import playable
 
 SECURITY = {"readOnlyRootFilesystem": True, "capabilities": {"drop": ["ALL"]}}
@@ -74,3 +76,15 @@ def test_on_the_hosts_network_the_service_listens_on_the_loopback_address_alone(
     made = {"kind": "ConfigMap", "data": {"snugfit.toml": 'host = "0.0.0.0"\nport = 8000'}}
     (document,) = playable([made], ["ConfigMap"])
     assert document["data"]["snugfit.toml"] == 'host = "127.0.0.1"\nport = 8000'
+
+
+def test_without_catatonit_the_step_is_skipped_and_says_what_to_install(monkeypatch, tmp_path):
+    monkeypatch.setenv("PATH", str(tmp_path))
+    monkeypatch.setattr(play, "PODMANS_OWN", (str(tmp_path / "libexec"),))
+    with pytest.raises(Skipped, match="apt-get install catatonit"):
+        play.need_pause()
+    (tmp_path / "libexec").mkdir()
+    own = tmp_path / "libexec" / "catatonit"
+    own.write_text("#!/bin/sh\n")
+    own.chmod(0o755)
+    play.need_pause()
