@@ -3,12 +3,20 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from contextlib import AbstractContextManager
+from typing import Any, Protocol
 
 import torch
 
 from loader.errors import LoaderError
 from service.engine.rows import Row, StepRunner
+
+
+class Shortened(StepRunner, Protocol):
+    def shortened(self) -> AbstractContextManager[None]:
+        """Meanwhile what is like an earlier part of the model may be left out."""
+        ...
+
 
 TOKENS = 8  # of each row
 # Cosine of two rows of logits, their means taken off. Rounding in another order leaves 0.999 and more, even
@@ -26,17 +34,19 @@ class KernelsDiffer(LoaderError):
         )
 
 
-def prove(runner: StepRunner, change: Callable[[], None], switch: str) -> None:
+def prove(runner: Shortened, change: Callable[[], None], switch: str) -> None:
     """Compare logits before and after `change`, which `switch` turns off. Raises KernelsDiffer.
 
     Two sequences that are read together, so that rows are told apart as well. Their blocks are the first
-    ones, which nobody holds yet.
+    ones, which nobody holds yet. Layers of one kind are changed in one way, so one of them tells.
     """
     rows = _rows(runner)
-    before = runner.step(rows).float().clone()
+    with runner.shortened():
+        before = runner.step(rows).float().clone()
     change()
     try:
-        after = runner.step(rows).float()
+        with runner.shortened():
+            after = runner.step(rows).float()
     except (AttributeError, TypeError) as error:  # a module that reads a weight which is packed now
         raise KernelsDiffer(switch, f"{type(error).__name__}: {error}") from error
     likeness = _likeness(before, after)

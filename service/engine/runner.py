@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable
 from collections.abc import Sequence as Ids
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
@@ -153,10 +153,14 @@ class Runner:
             single = worst_steps(self.layout, self.context, 1, 1)[0][0]
             if not self._graphs.record(single):
                 self._graphs = None
-        with self._repeats.left_out() if self._repeats else nullcontext():
+        with self.shortened():
             for rows in worst_steps(self.layout, self.context, self.concurrency, self.chunk_tokens):
                 logits = self._forward(self._batcher.build(rows))
         rehearse_choice(logits, self.context)
+
+    def shortened(self) -> AbstractContextManager[None]:
+        """Meanwhile, on a CPU, only one layer of each kind computes."""
+        return self._repeats.left_out() if self._repeats else nullcontext()
 
     def close(self) -> None:
         """Let go of the model, which has its own attention again, and free the blocks. Idempotent."""

@@ -11,8 +11,7 @@ from torch import nn
 
 from service.engine.cuda.decoder import FusedStack, Kernels, fusible
 from service.engine.cuda.library import LEAST_CAPABILITY, CannotCompile, CudaKernels
-from service.engine.proof import KernelsDiffer, prove
-from service.engine.rows import StepRunner
+from service.engine.proof import KernelsDiffer, Shortened, prove
 
 log = logging.getLogger(__name__)
 
@@ -45,7 +44,7 @@ class Fused:
 
 
 def fuse(
-    model: Any, runner: StepRunner, device: torch.device, make: Callable[..., Kernels] = CudaKernels
+    model: Any, runner: Shortened, device: torch.device, make: Callable[..., Kernels] = CudaKernels
 ) -> None:
     """Fuse the layers of a model that is whole on one GPU. Where that cannot be, or would compute something
     else, the log says so and the model stays as it is. Call it when the model's attention is connected."""

@@ -84,6 +84,7 @@ def model(family, **more):
 def runner_of(made, window=None):
     layout = KvLayout(BLOCK, (KvGroup(window, tuple(range(4)), 32),))
     runner = Runner(made, "cpu", context=256, concurrency=4, chunk_tokens=128, layout=layout)
+    runner._repeats = None  # as on a GPU: all layers compute when logits are compared
     layers = _layers(made)
     assert len(layers) == 4
     assert all(isinstance(layer.backend, TorchAttention) for layer in layers)
