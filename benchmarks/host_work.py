@@ -170,6 +170,8 @@ def main() -> None:
     parser.add_argument("--device", default="cpu", help="cpu or cuda:N")
     parser.add_argument("--simulated", action="store_true", help="a device that needs no core")
     arguments = parser.parse_args()
+    if arguments.simulated and arguments.device != "cpu":
+        parser.error("--simulated takes the place of a device: leave --device out")
     print(
         f"predicted: at most {MOST_SHARE:.0%} of a 0.5B's step at 16, at most {MOST_MS} ms at 64", flush=True
     )

@@ -42,10 +42,7 @@ class LoadedModel:
         return self._meter.peak_bytes()
 
     def recount(self) -> None:
-        """Count what a GPU's driver has taken since the start, too.
-
-        Call it once, after a rehearsal: what others take of the card meanwhile cannot be told from it.
-        """
+        """Count what a GPU's driver has taken since the start, too. Call it after a rehearsal."""
         self._meter.recount()
 
     def close(self) -> None:

@@ -9,6 +9,7 @@ import sys
 from contextlib import suppress
 
 from loader import probe
+from loader.batching import CONTINUOUS
 from loader.errors import CudaTakesMore
 from loader.placement import CUDA_GRAPHS_BYTES
 from loader.plan import Plan
@@ -55,9 +56,9 @@ class Meter:
         self._context_bytes = {
             gpu: _context_bytes(gpu, self._free_before[gpu], planned_bytes) for gpu in gpus
         }
-        later_bytes = LATER_KERNELS_BYTES + (0 if plan.offloaded_bytes else CUDA_GRAPHS_BYTES)
+        self._later_bytes = {gpu: _later_bytes(gpu, plan) for gpu in gpus}
         for gpu, context_bytes in self._context_bytes.items():
-            _cap(gpu, plan.budget.limits[gpu] - context_bytes - later_bytes)
+            _cap(gpu, plan.budget.limits[gpu] - context_bytes - self._later_bytes[gpu])
         gc.collect()
         # Where the peak cannot be started again, what is above the one so far is all that can be told.
         started = probe.reset_peak()
@@ -66,17 +67,23 @@ class Meter:
     def refuse_what_cannot_fit(self, plan: Plan) -> None:
         """Raises CudaTakesMore where CUDA itself has taken what the model needs: before weights are read."""
         for device in plan.devices:
-            context_bytes = self._context_bytes.get(device.device, 0)
-            need_bytes = device.peak_bytes - device.reserve_bytes + context_bytes + LATER_KERNELS_BYTES
-            if context_bytes and need_bytes > device.budget_bytes:
+            if device.device not in self._context_bytes:
+                continue
+            context_bytes, later_bytes = self._context_bytes[device.device], self._later_bytes[device.device]
+            need_bytes = device.peak_bytes - device.reserve_bytes + context_bytes + later_bytes
+            if need_bytes > device.budget_bytes:
                 raise CudaTakesMore(device.device, context_bytes, need_bytes, device.budget_bytes)
 
     def recount(self) -> None:
-        """What CUDA has taken since, beside torch's allocator, counts from now on: kernels and graphs."""
+        """What CUDA has taken since, beside torch's allocator, counts from now on: kernels and graphs.
+
+        No more of it than was spared for that: the rest is what others have taken of the card meanwhile.
+        """
         for gpu, was_free in self._free_before.items():
             if was_free is not None:
-                taken = _beside_the_allocator(gpu, was_free)
-                self._context_bytes[gpu] = max(self._context_bytes[gpu], taken)
+                since = _beside_the_allocator(gpu, was_free) - self._context_bytes[gpu]
+                self._context_bytes[gpu] += min(max(since, 0), self._later_bytes[gpu])
+                self._later_bytes[gpu] -= min(max(since, 0), self._later_bytes[gpu])
 
     def close(self) -> None:
         """Give back what torch's allocator keeps of each GPU, and take the caps off."""
@@ -119,6 +126,12 @@ def _cuda_runs() -> bool:
     """Whether there is a context already; torch need not even be there."""
     torch = sys.modules.get("torch")
     return torch is not None and torch.cuda.is_initialized()
+
+
+def _later_bytes(device: str, plan: Plan) -> int:
+    """What the driver takes of a GPU after the first product: kernels, and graphs where there may be any."""
+    graphs = device == plan.main_device and plan.batching == CONTINUOUS and not plan.offloaded_bytes
+    return LATER_KERNELS_BYTES + (CUDA_GRAPHS_BYTES if graphs else 0)
 
 
 def _free_before(device: str, before: Machine | None) -> int | None:

@@ -20,7 +20,8 @@ MiB = 2**20
 # torch's caching allocator rounds to 512 bytes and takes segments of 2 and 20 MiB from CUDA.
 CUDA_SLACK_BYTES = 64 * MiB
 CUDA_SLACK_PERCENT = 5  # of activations
-# What the driver keeps for the graphs of a model with 100 layers, and cuBLAS' workspace on their stream.
+# What the driver keeps for graphs, and cuBLAS' workspace on their stream: on an H100, 7 graphs of 28 layers
+# took 8 to 13 MB with our kernels and 32 without.
 CUDA_GRAPHS_BYTES = 64 * MiB
 # malloc's arenas, oneDNN's scratch memory and the thread pool's stacks.
 CPU_RESERVE_BYTES = 40 * MiB

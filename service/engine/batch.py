@@ -223,7 +223,7 @@ class Batcher:
     def _copy(self, n_bytes: int) -> None:
         assert self._copied is not None
         self._views[self._device].buffer[:n_bytes].copy_(self._host[:n_bytes], non_blocking=True)
-        self._copied.record()
+        self._copied.record(torch.cuda.current_stream(self._device))
 
 
 class Step:

@@ -37,39 +37,46 @@ class KernelsDiffer(LoaderError):
 def prove(runner: Shortened, change: Callable[[], None], switch: str) -> None:
     """Compare logits before and after `change`, which `switch` turns off. Raises KernelsDiffer.
 
-    Two sequences that are read together, so that rows are told apart as well. Their blocks are the first
-    ones, which nobody holds yet. Layers of one kind are changed in one way, so one of them tells.
+    Two sequences that are read together, so that rows are told apart as well; then a token more of both, and
+    of one alone, since steps of few tokens may have kernels of their own. Their blocks are the first ones,
+    which nobody holds yet. Layers of one kind are changed in one way, so one of them tells.
     """
-    rows = _rows(runner)
+    steps = _steps(runner)
     with runner.shortened():
-        before = runner.step(rows).float().clone()
+        before = _logits(runner, steps)
     change()
     try:
         with runner.shortened():
-            after = runner.step(rows).float()
+            after = _logits(runner, steps)
     except (AttributeError, TypeError) as error:  # a module that reads a weight which is packed now
         raise KernelsDiffer(switch, f"{type(error).__name__}: {error}") from error
     likeness = _likeness(before, after)
     if not likeness >= LEAST_LIKENESS:  # NaN is not, either
-        raise KernelsDiffer(
-            switch, f"the likeness of its logits is {likeness:.3f}, less than {LEAST_LIKENESS}"
-        )
+        found = f"the likeness of its logits is {likeness:.3f}, less than {LEAST_LIKENESS}"
+        raise KernelsDiffer(switch, found)
 
 
-def _rows(runner: StepRunner) -> list[Row]:
-    """Two, of ids from all over the vocabulary; one where there is no room for two."""
+def _logits(runner: StepRunner, steps: list[list[Row]]) -> torch.Tensor:
+    return torch.cat([runner.step(rows).float() for rows in steps])
+
+
+def _steps(runner: StepRunner) -> list[list[Row]]:
+    """Prompts of ids from all over the vocabulary, two where there is room for two; a token more of each, and
+    of the first alone, where a block has room for them."""
     layout = runner.layout
     most = min(2, runner.concurrency, runner.chunk_tokens, *(group.blocks for group in layout.groups))
-    count = min(TOKENS, layout.block_tokens, runner.context, runner.chunk_tokens // most)
-    return [
-        Row(
-            [runner.vocab * (2 * i + at + 1) // (2 * count + 2) for i in range(count)],
-            start=0,
-            tables=tuple([at] for _ in layout.groups),
-            sample=True,
-        )
-        for at in range(most)
-    ]
+    room = min(layout.block_tokens, runner.context)
+    count = max(1, min(TOKENS, room - 2, runner.chunk_tokens // most))
+
+    def row(at: int, first: int, ids: int) -> Row:
+        numbers = range(first, first + ids)
+        chosen = [runner.vocab * (2 * i + at + 1) // (2 * count + 6) for i in numbers]
+        return Row(chosen, first, tuple([at] for _ in layout.groups), True)
+
+    everybody = range(most)
+    steps = [[row(at, 0, count) for at in everybody]]
+    steps += [[row(at, count, 1) for at in everybody], [row(0, count + 1, 1)]]
+    return steps[: 1 + max(0, room - count)]
 
 
 def _likeness(before: Any, after: Any) -> float:

@@ -20,7 +20,7 @@ from service.engine.backends import backend_for
 from service.engine.batch import Batcher, Step
 from service.engine.cpu import library
 from service.engine.cpu.packing import pack
-from service.engine.cuda.fusing import fuse
+from service.engine.cuda.fusing import Fused, fuse
 from service.engine.devices import check_device, numbered
 from service.engine.graphs import CudaRecorder, DecodeGraphs, Recorder
 from service.engine.pool import LayerShape, LayerStore
@@ -59,7 +59,7 @@ def make_runner(
     if torch.device(device).type == "cpu":
         _pack(model, runner)
     elif gpu_kernels:
-        fuse(model, runner, numbered(torch.device(device)))
+        runner.fused = fuse(model, runner, numbered(torch.device(device)))
     return runner
 
 
@@ -105,6 +105,7 @@ class Runner:
         self._current = CurrentStep()
         self._attached = Attached(model)
         self._graphs: DecodeGraphs | None = None
+        self.fused: Fused | None = None  # closed with the runner
         try:
             self._shapes = self._attached.discover(layout, self._first_forward)
             self._stores = self._connect()
@@ -168,6 +169,8 @@ class Runner:
             return
         if self._graphs is not None:
             self._graphs.close()
+        if self.fused is not None:
+            self.fused.close()
         self._attached.close()
         self._current.step = None
         self._model, self._repeats, self._stores = None, None, {}

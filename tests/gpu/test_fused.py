@@ -6,6 +6,9 @@ from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from loader.kv_layout import KvGroup, KvLayout
+from service.engine.cuda.decoder import FusedStack
+from service.engine.cuda.fusing import fuse
+from service.engine.cuda.library import CudaKernels
 from service.engine.rows import Row
 from service.engine.runner import Runner
 
@@ -33,8 +36,6 @@ def dtype(request):
 
 @pytest.fixture
 def kernels(dtype):
-    from service.engine.cuda.library import CudaKernels
-
     return CudaKernels(GPU, dtype)
 
 
@@ -132,12 +133,11 @@ def model(family, dtype):
 def logits(made, family, gpu_kernels):
     """Of a prompt beside a shorter one, of both in two steps more, and of the first alone; and whether the
     steps were graphs."""
-    from service.engine.cuda.fusing import fuse
-
     layout = KvLayout(BLOCK, (KvGroup(FAMILIES[family].get("sliding_window"), tuple(range(4)), 16),))
     runner = Runner(made, "cuda:0", 1024, 4, 512, layout)
     if gpu_kernels:
-        fuse(made, runner, GPU)
+        runner.fused = fuse(made, runner, GPU)
+        assert isinstance(made.model.layers[0], FusedStack)
     runner.rehearse()
     ids = torch.Generator().manual_seed(1)
     prompts = [torch.randint(0, 2048, (n,), generator=ids).tolist() for n in (400, 9)]
@@ -154,12 +154,9 @@ def logits(made, family, gpu_kernels):
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_a_fused_model_computes_what_it_did(family, dtype):
-    from service.engine.cuda.decoder import FusedStack
-
     made = model(family, dtype)
     plain, _ = logits(made, family, gpu_kernels=False)
     fused, recorded = logits(made, family, gpu_kernels=True)
-    assert isinstance(made.model.layers[0], FusedStack)
     assert recorded
     likeness = nn.functional.cosine_similarity(plain, fused, dim=-1)
     assert likeness.min() > 0.999

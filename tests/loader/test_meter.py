@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from loader import probe
-from loader.batching import CONTINUOUS
+from loader.batching import CONTINUOUS, ONE_AT_A_TIME
 from loader.budget import CUDA_CONTEXT_BYTES, MemoryBudget
 from loader.checkpoint import ModelSpec
 from loader.errors import CudaTakesMore
@@ -85,8 +85,8 @@ def test_the_allocator_is_capped_at_the_budget_less_the_measured_context_and_lat
 def test_cards_that_nvml_numbers_otherwise_are_not_mixed_up(cards, monkeypatch):
     nvml(monkeypatch, "cuda:1", "cuda:0")
     Meter(plan_for(["cuda:0", "cuda:1"], budget("cuda:0", "cuda:1")))
-    for device in ("cuda:0", "cuda:1"):
-        assert cards.fractions[device] * TOTAL == pytest.approx(8 * GB - 500 * MB - LATER_BYTES)
+    for device, later_bytes in (("cuda:0", LATER_BYTES), ("cuda:1", LATER_KERNELS_BYTES)):
+        assert cards.fractions[device] * TOTAL == pytest.approx(8 * GB - 500 * MB - later_bytes)
 
 
 def test_without_nvml_the_context_counts_as_much_as_was_planned_for_it(cards, monkeypatch):
@@ -106,9 +106,9 @@ def test_what_does_not_fit_beside_the_context_is_refused_before_weights_are_read
     nvml(monkeypatch, "cuda:0")
     plan = plan_for(["cuda:0"], budget("cuda:0"))  # whose model needs 1 byte
     meter = Meter(plan)
-    meter.refuse_what_cannot_fit(with_budget(plan, 1 + 500 * MB + LATER_KERNELS_BYTES))
+    meter.refuse_what_cannot_fit(with_budget(plan, 1 + 500 * MB + LATER_BYTES))
     with pytest.raises(CudaTakesMore, match="takes 500,000,000 bytes of this card") as refused:
-        meter.refuse_what_cannot_fit(with_budget(plan, 500 * MB + LATER_KERNELS_BYTES))
+        meter.refuse_what_cannot_fit(with_budget(plan, 500 * MB + LATER_BYTES))
     assert refused.value.exit_code == 43
 
 
@@ -146,6 +146,24 @@ def test_what_the_driver_takes_later_is_counted_when_it_is_asked_for(cards, monk
     cards.free["cuda:0"] += 60 * MB  # somebody else's
     meter.recount()
     assert meter.peak_bytes() == {"cuda:0": 590 * MB + 7 * GB}
+
+
+def test_what_others_take_of_the_card_meanwhile_never_passes_the_budget(cards, monkeypatch):
+    nvml(monkeypatch, "cuda:0")
+    meter = Meter(plan_for(["cuda:0"], budget("cuda:0")))
+    cap_bytes = cards.fractions["cuda:0"] * TOTAL
+    monkeypatch.setattr(torch.cuda, "max_memory_reserved", lambda _device: round(cap_bytes))
+    cards.free["cuda:0"] -= 2 * GB
+    for _ in range(2):
+        meter.recount()
+        assert meter.peak_bytes()["cuda:0"] == pytest.approx(8 * GB, abs=1)
+
+
+@pytest.mark.parametrize(("device", "batching"), [("cuda:1", CONTINUOUS), ("cuda:0", ONE_AT_A_TIME)])
+def test_where_no_graphs_can_be_no_room_is_spared_for_them(cards, monkeypatch, device, batching):
+    nvml(monkeypatch, "cuda:0", "cuda:1")
+    Meter(replace(plan_for(["cuda:0", "cuda:1"], budget("cuda:0", "cuda:1")), batching=batching))
+    assert cards.fractions[device] * TOTAL == pytest.approx(8 * GB - 500 * MB - LATER_KERNELS_BYTES)
 
 
 def test_where_nothing_is_known_of_before_there_is_nothing_to_count_again(cards, monkeypatch):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import AbstractContextManager
 from typing import Any, Protocol
 
 import torch
@@ -20,6 +21,10 @@ Tables = tuple[torch.Tensor, torch.Tensor]  # cos and sin of the step's position
 
 class Kernels(Protocol):
     """As CudaKernels has them."""
+
+    def here(self) -> AbstractContextManager[None]: ...
+
+    def close(self) -> None: ...
 
     def add_rms_norm(
         self, hidden: torch.Tensor, delta: torch.Tensor | None, weight: torch.Tensor, eps: float
@@ -86,8 +91,10 @@ class FusedLayer:
     def __call__(self, hidden: torch.Tensor, delta: torch.Tensor | None, tables: Tables) -> torch.Tensor:
         """hidden [tokens, width] becomes what it is before the MLP is added to it; that is what returns."""
         normed = self._kernels.add_rms_norm(hidden, delta, self._norm1.weight, self._eps)
+        del delta  # the MLP's tensors may have its place
         (attended,) = self._products(self._attend(normed, tables), [self._o])
         normed = self._kernels.add_rms_norm(hidden, attended, self._norm2.weight, self._eps)
+        del attended
         (out,) = self._products(self._gated(normed), [self._down])
         return out
 
@@ -119,13 +126,15 @@ class FusedStack(nn.Module):
     def __init__(self, kernels: Kernels, layers: Sequence[nn.Module]) -> None:
         super().__init__()
         self.layers = nn.ModuleList(layers)
+        self._kernels = kernels
         self._fused = [FusedLayer(kernels, layer) for layer in layers]
 
     def forward(self, hidden_states: torch.Tensor, position_embeddings: Tables, **_more: Any) -> torch.Tensor:
         hidden = hidden_states[0].contiguous()
         cos, sin = (x[0].contiguous() for x in position_embeddings)
         delta: torch.Tensor | None = None
-        for layer in self._fused:
-            delta = layer(hidden, delta, (cos, sin))
+        with self._kernels.here():
+            for layer in self._fused:
+                delta = layer(hidden, delta, (cos, sin))
         assert delta is not None
         return hidden.add_(delta)[None]

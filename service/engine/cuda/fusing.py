@@ -10,8 +10,10 @@ import torch
 from torch import nn
 
 from service.engine.cuda.decoder import FusedStack, Kernels, fusible
-from service.engine.cuda.library import LEAST_CAPABILITY, CannotCompile, CudaKernels
+from service.engine.cuda.library import LEAST_CAPABILITY, CannotCompile, CudaKernels, LaunchFailed
 from service.engine.proof import KernelsDiffer, Shortened, prove
+
+SWITCH = "--gpu-kernels off"
 
 log = logging.getLogger(__name__)
 
@@ -19,13 +21,14 @@ log = logging.getLogger(__name__)
 class Fused:
     """What was fused of a model. Weights stay where they are, so that it can be undone."""
 
-    def __init__(self, model: nn.Module) -> None:
+    def __init__(self, model: nn.Module, device: torch.device) -> None:
         self._places = [
             (parent, name, child)
             for parent in model.modules()
             for name, child in parent.named_children()
-            if isinstance(child, nn.ModuleList) and len(child) and all(fusible(x) for x in child)
+            if isinstance(child, nn.ModuleList) and _is_fusible(child, device)
         ]
+        self._kernels: Kernels | None = None
 
     def __bool__(self) -> bool:
         return bool(self._places)
@@ -35,31 +38,48 @@ class Fused:
         return next(self._places[0][2].parameters()).dtype
 
     def apply(self, kernels: Kernels) -> None:
+        self._kernels = kernels
         for parent, name, layers in self._places:
             setattr(parent, name, nn.ModuleList([FusedStack(kernels, [*layers])]))
 
-    def undo(self) -> None:
+    def close(self) -> None:
+        """Put the layers back; nothing may be computed with the fused ones any more. Idempotent."""
         for parent, name, layers in self._places:
             setattr(parent, name, layers)
+        if self._kernels is not None:
+            self._kernels.close()
+        self._places, self._kernels = [], None
 
 
 def fuse(
     model: Any, runner: Shortened, device: torch.device, make: Callable[..., Kernels] = CudaKernels
-) -> None:
-    """Fuse the layers of a model that is whole on one GPU. Where that cannot be, or would compute something
-    else, the log says so and the model stays as it is. Call it when the model's attention is connected."""
-    fused = Fused(model)
-    if not fused or torch.cuda.get_device_capability(device) < LEAST_CAPABILITY:
-        return
+) -> Fused | None:
+    """Fuse the layers of a model that is whole on one GPU; whoever asked closes what is returned.
+
+    Where that cannot be, or would compute something else, the log says so and the model stays as it is. Call
+    it when the model's attention is connected.
+    """
+    fused = Fused(model, device)
+    if not fused:
+        log.info("GPU kernels: none, they do not know these layers, or not all of them are on %s", device)
+        return None
+    if (found := torch.cuda.get_device_capability(device)) < LEAST_CAPABILITY:
+        log.info("GPU kernels: none, %s has compute capability %s.%s, they want %s.%s",
+                 device, *found, *LEAST_CAPABILITY)  # fmt: skip
+        return None
     try:
-        kernels = make(device, fused.dtype)
-    except CannotCompile as error:
-        log.warning("the GPU kernels are not compiled, torch computes alone: %s", error)
-        return
-    try:
-        prove(runner, lambda: fused.apply(kernels), "--gpu-kernels off")
-    except KernelsDiffer as error:
-        fused.undo()
-        log.error("torch computes alone: %s", error)
-        return
+        prove(runner, lambda: fused.apply(make(device, fused.dtype)), SWITCH)
+    except (CannotCompile, LaunchFailed, KernelsDiffer, OSError) as error:
+        fused.close()
+        log.error("GPU kernels: none, torch computes alone: %s", error)
+        return None
+    except BaseException:
+        fused.close()
+        raise
     log.info("GPU kernels: the decoder layers are fused")
+    return fused
+
+
+def _is_fusible(layers: nn.ModuleList, device: torch.device) -> bool:
+    kinds = {(x.device, x.dtype) for x in layers.parameters()}
+    return len(kinds) == 1 and next(iter(kinds))[0] == device and all(fusible(layer) for layer in layers)

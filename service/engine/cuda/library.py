@@ -9,6 +9,7 @@ from __future__ import annotations
 import ctypes
 import struct
 from collections.abc import Sequence
+from contextlib import AbstractContextManager
 from functools import cache
 from itertools import chain
 from pathlib import Path
@@ -45,7 +46,8 @@ def compiled(source: str, architecture: str, defines: dict[str, int]) -> bytes:
         words = [f"--gpu-architecture={architecture}", *(f"-D{k}={v}" for k, v in defines.items())]
         options = (ctypes.c_char_p * len(words))(*(word.encode() for word in words))
         if nvrtc.nvrtcCompileProgram(program, len(words), options):
-            raise CannotCompile(_text(nvrtc, "ProgramLog", program).decode(errors="replace"))
+            log = _text(nvrtc, "ProgramLog", program).rstrip(b"\0")
+            raise CannotCompile(log.decode(errors="replace"))
         return _text(nvrtc, "CUBIN", program)
     finally:
         nvrtc.nvrtcDestroyProgram(ctypes.byref(program))
@@ -74,6 +76,13 @@ def _check(result: int, what: str) -> None:
         raise CannotCompile(f"{what}: error {result}")
 
 
+class LaunchFailed(Exception):
+    """A kernel could not be started."""
+
+    def __init__(self, name: str, code: int) -> None:
+        super().__init__(f"CUDA error {code} when {name} was launched")
+
+
 class Kernel:
     """One function of the module, with parameters of a fixed form."""
 
@@ -94,7 +103,7 @@ class Kernel:
             self._function, blocks, 1, 1, threads, 1, 1, 0, ctypes.c_void_p(stream), None, self._extra
         )
         if result:
-            raise RuntimeError(f"CUDA error {result} when {self._name} was launched")
+            raise LaunchFailed(self._name, result)
 
 
 class CudaKernels:
@@ -107,12 +116,12 @@ class CudaKernels:
     def __init__(self, device: torch.device, dtype: torch.dtype) -> None:
         self._device = device
         with torch.cuda.device(device):
-            torch.cuda.current_stream()  # the context is there
+            torch.cuda.synchronize()  # makes a context where there is none
             major, minor = torch.cuda.get_device_capability()
             defines = {"HALF_IS_BF16": int(dtype == torch.bfloat16)}
             code = compiled(SOURCE.read_text(), f"sm_{major}{minor}", defines)
             driver = ctypes.CDLL("libcuda.so.1")
-            module = ctypes.c_void_p()
+            self._driver, self._module = driver, module = driver, ctypes.c_void_p()
             _check(driver.cuModuleLoadData(ctypes.byref(module), code), "cuModuleLoadData")
             self._norm = Kernel(driver, module, "add_rms_norm", "PPPPif")
             self._rotate = Kernel(driver, module, "rotate_and_store", "PPPPPPPPPPiiiif")
@@ -121,6 +130,17 @@ class CudaKernels:
                 {rows: Kernel(driver, module, f"{name}_{rows}", f"P{_MATRIX * count}q") for rows in FEW_ROWS}
                 for name, count in (("times_matrices", 3), ("times_gated", 2))
             )
+
+    def here(self) -> AbstractContextManager[None]:
+        """Launches go to the current GPU: within this it is that of the kernels."""
+        return torch.cuda.device(self._device)
+
+    def close(self) -> None:
+        """Nothing may launch them any more, no graph either. Idempotent."""
+        if self._module:
+            with self.here():
+                self._driver.cuModuleUnload(self._module)
+            self._module = ctypes.c_void_p()
 
     def add_rms_norm(
         self, hidden: torch.Tensor, delta: torch.Tensor | None, weight: torch.Tensor, eps: float

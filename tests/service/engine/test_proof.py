@@ -40,34 +40,57 @@ def normal(seed, rows=2, noise=0.0):
     return logits + noise * torch.randn(rows, 300)
 
 
+STEPS = 3  # of the proof: two prompts, a token more of both, and of one
+
+
+def logits(seed, rows, noise=0.0):
+    return normal(seed, len(rows), noise)
+
+
+def changed(after):
+    """What a runner gives whose logits are `after(rows)` once it has been changed."""
+
+    def give(rows):
+        return (after if len(runner.seen) > STEPS else lambda rows: logits(1, rows))(rows)
+
+    runner = Logits(give)
+    return runner
+
+
 def test_rounding_passes():
-    answers = iter([normal(1), normal(1, noise=0.05)])
-    prove(Logits(lambda rows: next(answers)), lambda: None, SWITCH)
+    prove(changed(lambda rows: logits(1, rows, noise=0.05)), lambda: None, SWITCH)
 
 
 @pytest.mark.parametrize(
     "after",
-    [normal(2), torch.full((2, 300), torch.nan), torch.zeros(2, 300), torch.stack([*normal(1)][::-1])],
+    [
+        lambda rows: logits(2, rows),
+        lambda rows: torch.full((len(rows), 300), torch.nan),
+        lambda rows: torch.zeros(len(rows), 300),
+        lambda rows: logits(1, rows).flip(0) if len(rows) > 1 else logits(1, rows),
+        lambda rows: logits(1 if len(rows[0].ids) > 1 else 2, rows),
+        lambda rows: logits(1 if len(rows) > 1 else 2, rows),
+    ],
+    ids=["all", "NaN", "zeros", "rows exchanged", "steps of single tokens", "a step of one"],
 )
 def test_other_logits_are_refused_before_anybody_is_served(after):
-    answers = iter([normal(1), after])
     with pytest.raises(KernelsDiffer, match=SWITCH) as caught:
-        prove(Logits(lambda rows: next(answers)), lambda: None, SWITCH)
+        prove(changed(after), lambda: None, SWITCH)
     assert isinstance(caught.value, LoaderError)
 
 
 def test_the_change_happens_between_the_two_steps():
-    runner = Logits(lambda rows: normal(1))
+    runner = Logits(lambda rows: logits(1, rows))
     prove(runner, lambda: runner.seen.append("changed"), SWITCH)
-    before, change, after = runner.seen
-    assert (before, change) == (after, "changed")
+    assert runner.seen[STEPS] == "changed"
+    assert runner.seen[:STEPS] == runner.seen[STEPS + 1 :]
 
 
 def test_a_module_that_misses_its_weight_is_told_by_name():
     def give(rows):
-        if len(runner.seen) == 2:
+        if len(runner.seen) > STEPS:
             raise AttributeError("'PackedLinear' object has no attribute 'weight'")
-        return normal(1)
+        return logits(1, rows)
 
     runner = Logits(give)
     with pytest.raises(KernelsDiffer, match="no attribute 'weight'"):
@@ -86,9 +109,11 @@ def test_a_module_that_misses_its_weight_is_told_by_name():
 def test_the_rows_fit_what_there_is(sizes):
     runner = Logits(lambda rows: normal(1, len(rows)), **sizes)
     prove(runner, lambda: None, SWITCH)
-    (rows, _) = runner.seen
-    assert 1 <= len(rows) <= runner.concurrency
-    assert sum(len(row.ids) for row in rows) <= runner.chunk_tokens
+    for rows in runner.seen:
+        assert 1 <= len(rows) <= runner.concurrency
+        assert sum(len(row.ids) for row in rows) <= runner.chunk_tokens
+        room = min(runner.context, runner.layout.block_tokens)
+        assert all(row.start + len(row.ids) <= room for row in rows)
     for row in rows:
         assert 1 <= len(row.ids) <= min(runner.context, runner.layout.block_tokens)
         assert all(0 <= token_id < runner.vocab for token_id in row.ids)

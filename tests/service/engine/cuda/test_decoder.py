@@ -1,6 +1,9 @@
 """Fused layers against the same layers before, with torch in the kernels' place: this is about the wiring."""
 
+import gc
 import logging
+import weakref
+from contextlib import nullcontext
 
 import pytest
 import torch
@@ -10,10 +13,9 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from loader.kv_layout import KvGroup, KvLayout
 from service.engine.attention import layer_of
 from service.engine.backends import TorchAttention
-from service.engine.cuda import fusing
 from service.engine.cuda.decoder import FusedStack
 from service.engine.cuda.fusing import Fused, fuse
-from service.engine.cuda.library import FEW_ROWS, CannotCompile
+from service.engine.cuda.library import FEW_ROWS, CannotCompile, LaunchFailed
 from service.engine.rows import Row
 from service.engine.runner import Runner
 
@@ -36,7 +38,13 @@ class TorchKernels:
     """What fused.cu computes, in torch's own operations."""
 
     def __init__(self, device=None, dtype=None):
-        pass
+        self.closed = False
+
+    def here(self):
+        return nullcontext()
+
+    def close(self):
+        self.closed = True
 
     def add_rms_norm(self, hidden, delta, weight, eps):
         if delta is not None:
@@ -113,12 +121,13 @@ def test_fused_layers_give_the_same_logits_to_the_bit(family):
     made = model(family, **FAMILIES[family])
     runner = runner_of(made, FAMILIES[family].get("sliding_window"))
     before = logits(runner)
-    fused = Fused(made)
-    fused.apply(TorchKernels())
+    fused, kernels = Fused(made, CPU), TorchKernels()
+    fused.apply(kernels)
     assert [type(x) for x in made.model.layers] == [FusedStack]
     assert torch.equal(logits(runner), before)
-    fused.undo()
+    fused.close()
     assert len(made.model.layers) == 4
+    assert kernels.closed
     assert torch.equal(logits(runner), before)
 
 
@@ -126,18 +135,23 @@ def test_fused_layers_give_the_same_logits_to_the_bit(family):
 def test_what_the_kernels_do_not_compute_stays_as_it_is(family):
     made = model(family, **OTHERS[family])
     runner_of(made)
-    assert not Fused(made)
+    assert not Fused(made, CPU)
 
 
 def test_float32_and_hooked_layers_stay_as_they_are():
     made = model("llama")
     runner_of(made)
-    assert Fused(made)
+    assert Fused(made, CPU)
+    assert not Fused(made, torch.device("meta")), "not where inputs go"
     made.model.layers[1].mlp._hf_hook = object()
-    assert not Fused(made)
+    assert not Fused(made, CPU)
     wide = model("llama").float()
     runner_of(wide)
-    assert not Fused(wide)
+    assert not Fused(wide, CPU)
+    mixed = model("llama")
+    mixed.model.layers[2].half()
+    runner_of(model("llama"))
+    assert not Fused(mixed, CPU)
 
 
 @pytest.fixture
@@ -148,22 +162,57 @@ def a_gpu(monkeypatch):
 def test_a_model_is_fused_when_its_logits_stay_alike(a_gpu):
     made = model("qwen3")
     runner = runner_of(made)
-    fuse(made, runner, CPU, TorchKernels)
+    runner.fused = fuse(made, runner, CPU, TorchKernels)
     assert isinstance(made.model.layers[0], FusedStack)
+    pools = [weakref.ref(store.keys) for store in runner._stores.values()]
+    runner.close()
+    assert len(made.model.layers) == 4
+    gc.collect()
+    assert not any(pool() is not None for pool in pools), "blocks are not given back"
 
 
-def test_kernels_that_compute_something_else_are_left_out_and_the_log_says_so(a_gpu, caplog):
-    class Wrong(TorchKernels):
-        def silu_times(self, gate, up):
-            return gate
+class WrongGate(TorchKernels):
+    def silu_times(self, gate, up):
+        return gate
 
+
+class WrongRows(TorchKernels):
+    """Only where steps have one or two tokens."""
+
+    def times_matrices(self, x, linears):
+        return [torch.zeros_like(out) for out in super().times_matrices(x, linears)]
+
+
+class WrongRow(TorchKernels):
+    def times_gated(self, x, gate, up):
+        return super().times_gated(x, gate, up) * (len(x) - 1)
+
+
+class Unlaunched(TorchKernels):
+    def add_rms_norm(self, hidden, delta, weight, eps):
+        raise LaunchFailed("add_rms_norm", 400)
+
+
+@pytest.mark.parametrize("wrong", [WrongGate, WrongRows, WrongRow, Unlaunched])
+def test_kernels_that_compute_something_else_are_left_out_and_the_log_says_so(a_gpu, caplog, wrong):
     made = model("llama")
     runner = runner_of(made)
     before = logits(runner)
     with caplog.at_level(logging.ERROR):
-        fuse(made, runner, CPU, Wrong)
+        assert fuse(made, runner, CPU, wrong) is None
     assert torch.equal(logits(runner), before)
-    assert "--gpu-kernels off" in caplog.text
+    assert "torch computes alone" in caplog.text
+
+
+def test_running_out_of_memory_is_nobodys_fault_and_leaves_the_model_as_it_was(a_gpu):
+    class Full(TorchKernels):
+        def silu_times(self, gate, up):
+            raise MemoryError
+
+    made = model("llama")
+    with pytest.raises(MemoryError):
+        fuse(made, runner_of(made), CPU, Full)
+    assert len(made.model.layers) == 4
 
 
 def test_without_a_compiler_torch_computes_alone(a_gpu, caplog):
@@ -172,14 +221,15 @@ def test_without_a_compiler_torch_computes_alone(a_gpu, caplog):
 
     made = model("llama")
     runner = runner_of(made)
-    fuse(made, runner, CPU, refuse)
+    assert fuse(made, runner, CPU, refuse) is None
     assert not isinstance(made.model.layers[0], FusedStack)
     assert "libnvrtc.so.13" in caplog.text
 
 
-def test_an_older_gpu_keeps_torchs_own(monkeypatch):
+def test_an_older_gpu_keeps_torchs_own_and_the_log_says_why(monkeypatch, caplog):
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (7, 5))
-    monkeypatch.setattr(fusing, "CudaKernels", None)
     made = model("llama")
-    fuse(made, runner_of(made), CPU, TorchKernels)
+    with caplog.at_level(logging.INFO):
+        assert fuse(made, runner_of(made), CPU, TorchKernels) is None
     assert not isinstance(made.model.layers[0], FusedStack)
+    assert "compute capability 7.5" in caplog.text

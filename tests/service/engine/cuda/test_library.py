@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from service.engine.cuda import library
-from service.engine.cuda.library import SOURCE, CannotCompile, CudaKernels, Kernel, compiled
+from service.engine.cuda.library import SOURCE, CannotCompile, CudaKernels, Kernel, LaunchFailed, compiled
 
 
 class Driver:
@@ -49,7 +49,7 @@ def test_parameters_lie_as_c_lays_them_out():
 
 def test_a_launch_that_fails_says_which_and_why():
     kernel = Kernel(Driver(launched=700), ctypes.c_void_p(), "add_rms_norm", "P")
-    with pytest.raises(RuntimeError, match="CUDA error 700 when add_rms_norm was launched"):
+    with pytest.raises(LaunchFailed, match="CUDA error 700 when add_rms_norm was launched"):
         kernel(0, 1, 32, 0)
 
 
@@ -63,6 +63,7 @@ def kernels(monkeypatch):
     monkeypatch.setattr(torch.cuda, "device", lambda device: _Nothing())
     monkeypatch.setattr(torch.cuda, "current_stream", lambda device=None: _Nothing())
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (9, 0))
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda: None)
     return CudaKernels(torch.device("cpu"), torch.bfloat16), driver
 
 
