@@ -25,6 +25,8 @@ CUDA_BASE_BYTES, CUDA_MULTIPROCESSOR_BYTES = 360_000_000, 3_250_000
 CUDA_CONTEXT_BYTES = 450_000_000
 # A process that takes all RAM is killed, and the system swaps long before that.
 RAM_SHARE_PERCENT = 70
+# Resident memory of the process before it loads a model: Python, torch for CPU and the model's class.
+STARTUP_BYTES = 420 * 2**20
 # Offloaded weights leave this much RAM to everything else.
 RAM_MARGIN_BYTES, RAM_MARGIN_PERCENT = 2 * 10**9, 10
 # A number this small without a unit was not meant as bytes: `--budget 16`.
@@ -148,8 +150,15 @@ def _default_limit(main: str, machine: Machine) -> tuple[int, str]:
             "give its size (--gpu 16GiB) or what may be used of it (--budget 15GB); or take --device cpu."
         )
     if main == "cpu":
-        return free * RAM_SHARE_PERCENT // 100, f"{RAM_SHARE_PERCENT} % of {format_bytes(free)} available RAM"
+        return _default_ram(free)
     return max(_less_margin(free), 0), f"{format_bytes(free)} free on {main}, less a margin for the driver"
+
+
+def _default_ram(free: int) -> tuple[int, str]:
+    share, rest = free * RAM_SHARE_PERCENT // 100, max(free - STARTUP_BYTES, 0)
+    if share <= rest:
+        return share, f"{RAM_SHARE_PERCENT} % of {format_bytes(free)} available RAM"
+    return rest, f"{format_bytes(free)} available RAM, less what the process takes before it loads"
 
 
 def _context_bytes(compute: tuple[str, ...], machine: Machine) -> int:

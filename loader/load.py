@@ -111,10 +111,12 @@ def _check_room(plan: Plan, machine: Machine) -> None:
     for device in plan.devices:
         free_bytes = machine.free_bytes(device.device)
         if free_bytes is not None and free_bytes < device.peak_bytes:
-            flag = "--budget " if device.device == plan.main_device else f"--max-memory {device.device}="
+            flag = "--budget" if device.device == plan.main_device else f"--max-memory {device.device}="
+            more = "Raise the memory limit if this is a container" if device.device == "cpu" else ""
             raise DeviceUnavailable(
                 f"{device.device} has {free_bytes:,} bytes free and the plan takes {device.peak_bytes:,}. "
-                f"End what holds the rest, or give it less: {flag}{free_bytes * 9 // 10}"
+                f"{more + ', end' if more else 'End'} what holds the rest, or give it less ({flag}): "
+                "`snugfit plan` tells the smallest that works."
             )
 
 

@@ -25,7 +25,7 @@ from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
 from loader.batching import CONTINUOUS, ONE_AT_A_TIME, why_one_at_a_time
-from loader.budget import MemoryBudget
+from loader.budget import STARTUP_BYTES, MemoryBudget
 from loader.checkpoint import ModelSpec
 from loader.device_map import accelerate_device, device_map
 from loader.errors import BudgetExceeded
@@ -36,9 +36,6 @@ from loader.plan_request import CONTEXT_STEP, PlanRequest, check_request, contex
 from loader.plan_words import full_pool, given_up, hint, longest_context, notes
 
 __all__ = ["CONTINUOUS", "CPU_RESERVE_BYTES", "ONE_AT_A_TIME", "DevicePlan", "Plan", "make_plan"]
-
-# Resident memory of the process before it loads a model: Python, torch for CPU and the model's class.
-STARTUP_BYTES = 420 * 2**20
 
 
 @dataclass(frozen=True)

@@ -41,9 +41,11 @@ class Parser(argparse.ArgumentParser):
     def parse(self, argv: Sequence[str]) -> argparse.Namespace:
         known, rest = self.parse_known_args(argv)
         if rest:
-            flags = [flag for action in self._actions for flag in action.option_strings]
-            raise UsageError(f"{word}: not understood{nearest(word.split('=')[0], flags)}" for word in rest)
+            raise UsageError(f"{word}: not understood{self.nearest(word.split('=')[0])}" for word in rest)
         return known
+
+    def nearest(self, word: str) -> str:
+        return nearest(word, [flag for action in self._actions for flag in action.option_strings])
 
     def error(self, message: str) -> NoReturn:
         raise UsageError([message])

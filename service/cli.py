@@ -69,8 +69,14 @@ def _dispatch(argv: Sequence[str]) -> int:
         command = COMMANDS[argv[0]]
         return _become(command.module, argv) if command.is_program else _run(command, argv[1:])
     if argv and not argv[0].startswith("-"):
-        raise UsageError([f"{argv[0]}: no such command{nearest(argv[0], COMMANDS)} {TRY_HELP}"])
-    _top_parser().parse(argv or ["--help"])
+        near = nearest(argv[0], COMMANDS) or f"; to serve a model: snugfit serve {argv[0]}."
+        raise UsageError([f"{argv[0]}: no such command{near} {TRY_HELP}"])
+    parser = _top_parser()
+    if argv and not parser.nearest(argv[0]):
+        raise UsageError(
+            [f"{argv[0]} belongs behind a command, as in `snugfit serve {argv[0]} …`. {TRY_HELP}"]
+        )
+    parser.parse(argv or ["--help"])
     raise UsageError([f"no command given. {TRY_HELP}"])
 
 

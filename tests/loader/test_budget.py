@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from loader.budget import CUDA_CONTEXT_BYTES, MemoryBudget, format_bytes, parse_bytes
+from loader.budget import CUDA_CONTEXT_BYTES, STARTUP_BYTES, MemoryBudget, format_bytes, parse_bytes
 from loader.errors import BadBudget, DeviceUnavailable
 from loader.probe import Gpu, Machine
 
@@ -199,6 +199,13 @@ def test_with_nothing_given_and_no_gpu_70_percent_of_available_ram_is_used():
     assert (budget.compute, budget.limits) == (("cpu",), {"cpu": 24 * GIB * 70 // 100})
     assert budget.default
     assert budget.origin == "70 % of 25.77 GB available RAM"
+
+
+@pytest.mark.parametrize(("free", "wanted"), [(GIB, GIB - STARTUP_BYTES), (STARTUP_BYTES, 0), (1000, 0)])
+def test_where_ram_is_short_the_process_itself_has_room_beside_the_budget(free, wanted):
+    budget = parse(machine=Machine(ram_total_bytes=free, ram_free_bytes=free))
+    assert budget.limits == {"cpu": wanted}
+    assert "less what the process takes" in budget.origin
 
 
 @pytest.mark.parametrize("device", ["cuda", "cuda:3"])

@@ -12,11 +12,12 @@ import torch
 from safetensors.torch import load_file
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from loader import checkpoint
+from loader import checkpoint, probe
 from loader.budget import MemoryBudget
 from loader.errors import BudgetExceeded, DeviceUnavailable, TruncatedShard, UnsupportedModel
 from loader.load import load
 from loader.plan import make_plan
+from loader.probe import Machine
 from loader.shards import ShardReader
 from loader.weights import CheckpointWeights
 
@@ -304,6 +305,16 @@ def test_a_plan_for_a_gpu_that_is_not_here_is_refused_before_anything_is_read(sa
     with pytest.raises(DeviceUnavailable, match=f"the plan is for {device} and torch sees") as caught:
         load(plan)
     assert caught.value.exit_code == 43
+
+
+def test_a_plan_for_more_than_is_free_is_refused_with_the_way_out(saved, monkeypatch):
+    plan = plan_for(saved("qwen2"))
+    monkeypatch.setattr(probe, "machine", lambda: Machine(2**30, plan.devices[0].peak_bytes - 1))
+    with pytest.raises(
+        DeviceUnavailable, match="Raise the memory limit if this is a container, end"
+    ) as caught:
+        load(plan)
+    assert "`snugfit plan` tells the smallest that works" in str(caught.value)
 
 
 def test_what_transformers_cannot_build_is_unsupported(saved, tmp_path):

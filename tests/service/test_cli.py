@@ -142,6 +142,21 @@ def test_it_answers_with_its_exit_code_in_plain_words_and_imports_nothing_heavy(
     assert bool(done.stdout) == (code == 0 or case == "a model that does not fit")
 
 
+@pytest.mark.parametrize(
+    ("argv", "advice"),
+    [
+        (["--budget", "1GB"], "snugfit serve --budget"),
+        (["/models/mine"], "snugfit serve /models/mine"),
+        (["srve"], "did you mean serve?"),
+        (["--hlep"], "did you mean --help?"),
+    ],
+)
+def test_what_lacks_its_command_is_told_where_it_belongs(argv, advice):
+    done = spied(*argv)
+    assert done.returncode == 2
+    assert advice in done.stderr
+
+
 def test_an_unknown_variable_stops_every_command_that_reads_settings(model):
     for command in ("plan", "serve", "chat"):
         done = snugfit(command, model, SNUGFIT_BUGDET="1GB")
