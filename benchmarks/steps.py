@@ -1,4 +1,4 @@
-"""What a step of the model takes, without engine and HTTP: python -m benchmarks.steps MODEL [--device cuda:0].
+"""What a step takes, without engine and HTTP: python -m benchmarks.steps MODEL [--device cuda:0].
 
 Decode steps of so many sequences, 200 tokens each, and prompts of so many tokens, in the runner that
 `snugfit serve` makes; the choice of tokens is not counted. On a GPU that is once with our kernels and once
