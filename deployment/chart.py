@@ -10,7 +10,7 @@ import re
 import subprocess
 import sys
 import tempfile
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from itertools import product
 from pathlib import Path
 from typing import Any
@@ -55,6 +55,7 @@ def _steps(helms: Sequence[Path]) -> Iterator[str]:
     if rendered.startswith("FAILED"):
         return
     yield told("refused values", _refuse_all, helms)
+    yield told("exporter switched off", _switch_off, helms)
     for minor in KUBERNETES:
         yield told(f"schemas of Kubernetes {minor}", _validate, minor)
     yield told("custom resources", _check_custom)
@@ -91,24 +92,36 @@ def _run(*command: object) -> str:
 def _render_all(helms: Sequence[Path]) -> str:
     """Every set of values for every version of Kubernetes, the same by every Helm; kept in build/chart."""
     count = 0
-    for file, minor in product(values_files(), KUBERNETES):
+    for file, minor in _releases():
         texts = [render(helm, [file], kubernetes=minor) for helm in helms]
         if len(set(texts)) > 1:
             raise Failed(f"{file.name} for {minor}: the Helms render it differently")
         _rendered(file, minor).write_text(texts[0], encoding="utf-8")
-        count += len(documents(texts[0]))
+        count += len(_documents(file, minor))
     return f"{count} manifests, the same by {' and '.join(helm.parent.name for helm in helms)}"
+
+
+def _releases() -> list[tuple[Path, str]]:
+    """Every set of values with every version of Kubernetes that it can have."""
+    return [(file, minor) for minor in KUBERNETES for file in values_files(minor)]
 
 
 def _rendered(file: Path, minor: str) -> Path:
     return OUT / f"{file.stem}-{minor}.yaml"
 
 
+def _documents(file: Path, minor: str) -> list[Document]:
+    try:
+        return documents(_rendered(file, minor).read_text(encoding="utf-8"))
+    except Failed as err:
+        raise Failed(f"{file.name} for {minor}: {err}") from None
+
+
 def _refuse_all(helms: Sequence[Path]) -> str:
     cases = refused()
     for case, helm in product(cases, helms):
         try:
-            render(helm, values=case["values"], kubernetes=case.get("kubernetes", KUBERNETES[-1]))
+            render(helm, values=case["values"], **asked_as(case))
         except Refused as err:
             if case["says"] not in as_said(err):
                 raise Failed(f"{case['why']}: refused, but not because of that: {err}") from None
@@ -118,14 +131,38 @@ def _refuse_all(helms: Sequence[Path]) -> str:
 
 
 def refused() -> list[dict[str, Any]]:
-    """The cases of refused.yaml: `why`, `values`, `says`, and perhaps `kubernetes`."""
+    """The cases of refused.yaml: `why`, `values`, `says`, and perhaps `kubernetes` and `release`."""
     cases: list[dict[str, Any]] = yaml.safe_load(REFUSED.read_text(encoding="utf-8"))
     return cases
 
 
+def asked_as(case: Mapping[str, Any]) -> dict[str, Any]:
+    """What a case of refused.yaml has of its own for `render`, beside its values."""
+    return {name: case[name] for name in ("kubernetes", "release") if name in case}
+
+
 def as_said(err: Refused) -> str:
-    """What Helm said, with paths of values as Helm 3 writes them: Helm 4 has at '/a/b' for a.b."""
-    return re.sub(r"at '/([^']*)'", lambda found: found[1].replace("/", "."), str(err))
+    """What Helm said, as Helm 3 says it: Helm 4 has at '/a/b' for a.b, and calls what is required missing."""
+    said = re.sub(r"missing property '(\w+)'", r"\1 is required", str(err))
+    return re.sub(r"at '/([^']*)'", lambda found: found[1].replace("/", "."), said)
+
+
+def _switch_off(helms: Sequence[Path]) -> str:
+    """docs/kubernetes.md tells users to, once the Job is complete: no pod may start anew for it."""
+    exporting = 0
+    for file in values_files():
+        on, off = (
+            documents(render(helms[-1], [file], values=values))
+            for values in (None, {"exporter": {"enabled": False}})
+        )
+        if _pods(on) != _pods(off):
+            raise Failed(f"{file.name}: exporter.enabled: false starts the pods of the service anew")
+        exporting += any(document["kind"] == "Job" for document in on)
+    return f"{exporting} sets of values: the pods of the service stay as they are"
+
+
+def _pods(rendered: Sequence[Document]) -> list[Any]:
+    return [document["spec"]["template"] for document in rendered if document["kind"] == "Deployment"]
 
 
 def _validate(minor: str) -> str:
@@ -133,7 +170,7 @@ def _validate(minor: str) -> str:
     program = tools.kubernetes_validate()
     if program is None:
         raise Skipped("kubernetes-validate could not be fetched: pip has to reach a package index")
-    files = [_rendered(file, minor) for file in values_files()]
+    files = [_rendered(file, minor) for file in values_files(minor)]
     run = subprocess.run(
         [str(program), "--strict", "-k", minor, *map(str, files)], capture_output=True, text=True
     )
@@ -144,7 +181,7 @@ def _validate(minor: str) -> str:
     custom = {line.split(_CUSTOM)[1].split()[0] for line in lines if _CUSTOM in line}
     if custom - custom_resources.MODULES.keys():
         raise Failed(f"nothing has a schema of {', '.join(custom - custom_resources.MODULES.keys())}")
-    kinds = [document["kind"] for file in files for document in documents(file.read_text(encoding="utf-8"))]
+    kinds = [document["kind"] for file in values_files(minor) for document in _documents(file, minor)]
     own = sum(kind not in custom for kind in kinds)
     if passed != own:
         raise Failed(f"{passed} of {own} manifests were looked at")
@@ -156,8 +193,8 @@ def _check_custom() -> str:
     models = tools.kubernetes_models()
     if models is None:
         raise Skipped("the types of their projects could not be fetched: that takes Node.js and npm")
-    texts = (_rendered(file, KUBERNETES[-1]).read_text(encoding="utf-8") for file in values_files())
-    everything = [document for text in texts for document in documents(text)]
+    newest = KUBERNETES[-1]
+    everything = [document for file in values_files(newest) for document in _documents(file, newest)]
     found = custom_resources.problems(models, everything)
     if found:
         raise Failed("\n" + "\n".join(found))
@@ -168,9 +205,8 @@ def _check_custom() -> str:
 def _check(problems: Callable[[list[Document], Path], list[str]]) -> str:
     """`problems` of everything rendered: what schemas let pass."""
     found = []
-    for file, minor in product(values_files(), KUBERNETES):
-        manifest = documents(_rendered(file, minor).read_text(encoding="utf-8"))
-        found += [f"{file.name}: {problem}" for problem in problems(manifest, file)]
+    for file, minor in _releases():
+        found += [f"{file.name}: {problem}" for problem in problems(_documents(file, minor), file)]
     if found:
         raise Failed("\n" + "\n".join(dict.fromkeys(found)))
     return f"{len(values_files())} sets of values for {', '.join(KUBERNETES)}: no problem"

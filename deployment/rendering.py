@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import re
 import subprocess
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import yaml
 
@@ -13,10 +14,12 @@ from deployment import ROOT
 from deployment.outcome import Failed
 
 CHART = ROOT / "helm"
-# The three newest minor versions of Kubernetes; the chart supports them, and they are what it is checked for.
-KUBERNETES = ("1.35", "1.36", "1.37")
+# The oldest minor version of Kubernetes that Chart.yaml takes, and the three newest: the chart is checked for
+# them.
+KUBERNETES = ("1.31", "1.35", "1.36", "1.37")
 RELEASE = "test"
 CLUSTER_HAS = "# The cluster has: "
+FROM = "# From Kubernetes "
 
 Document = dict[str, Any]
 
@@ -25,18 +28,42 @@ class Refused(Failed):
     """Helm did not render; the message is what it said."""
 
 
+class _AsGo(yaml.SafeLoader):
+    """YAML as Helm and the API server read it, in Go: 1e3 is a number there, and y a truth.
+
+    Each key of a map has to be there once: of two the server takes one and says nothing.
+    """
+
+    bool_values: ClassVar[dict[str, bool]] = {**yaml.SafeLoader.bool_values, "y": True, "n": False}
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        seen = set()
+        for key, _ in node.value:
+            if key.value in seen:
+                raise Failed(f"line {key.start_mark.line + 1}: the key {key.value} is there twice")
+            seen.add(key.value)
+        return super().construct_mapping(node, deep)
+
+
+_AsGo.add_implicit_resolver(
+    "tag:yaml.org,2002:float", re.compile(r"[-+]?(\.\d+|\d+(\.\d*)?)[eE][-+]?\d+$"), list("-+.0123456789")
+)
+_AsGo.add_implicit_resolver("tag:yaml.org,2002:bool", re.compile(r"[yYnN]$"), list("yYnN"))
+
+
 def render(
     helm: Path,
     files: Sequence[Path] = (),
     values: Mapping[str, Any] | None = None,
     kubernetes: str = KUBERNETES[-1],
     chart: Path = CHART,
+    release: str = RELEASE,
 ) -> str:
     """Every manifest of the release as one text: values of `files` in their order, and `values` over them.
 
     Raises Refused where the schema, a `fail` or Helm itself does not accept them.
     """
-    command = [str(helm), "template", RELEASE, str(chart), "--namespace", "models"]
+    command = [str(helm), "template", release, str(chart), "--namespace", "models"]
     command += ["--kube-version", kubernetes, *(word for file in files for word in ("--values", str(file)))]
     if values is not None:
         command += ["--values", "-"]
@@ -48,12 +75,25 @@ def render(
 
 
 def documents(rendered: str) -> list[Document]:
-    return [document for document in yaml.safe_load_all(rendered) if document]
+    """Raises Failed where a map has a key twice."""
+    return [document for document in yaml.load_all(rendered, _AsGo) if document]
 
 
-def values_files(chart: Path = CHART) -> list[Path]:
-    """The sets of values that the chart is checked with."""
-    return sorted((chart / "ci").glob("*-values.yaml"))
+def values_files(kubernetes: str | None = None) -> list[Path]:
+    """The sets of values that the chart is checked with; for a version of Kubernetes those that it takes."""
+    files = sorted((CHART / "ci").glob("*-values.yaml"))
+    return [file for file in files if kubernetes is None or _minor(kubernetes) >= _minor(oldest_for(file))]
+
+
+def oldest_for(file: Path) -> str:
+    """The version of Kubernetes from which on a set of values is taken: its comment says so, or every one."""
+    lines = file.read_text(encoding="utf-8").splitlines()
+    told = (line.removeprefix(FROM).split()[0] for line in lines if line.startswith(FROM))
+    return next(told, KUBERNETES[0])
+
+
+def _minor(version: str) -> int:
+    return int(version.split(".")[1])
 
 
 def cluster_has(file: Path) -> list[str]:

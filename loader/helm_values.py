@@ -61,12 +61,15 @@ def helm_values(plan: Plan) -> dict[str, Any]:
 def _limits(plan: Plan) -> str:
     """The budget in the form of `max_memory`: "0=16000000000,cpu=5000000000".
 
+    GPUs are counted anew: whichever they were here, a pod sees those it is given as 0, 1 and so on.
     0 for a place that could take offloaded weights and has none: what was free there while it was planned
     means nothing, and the pod's memory has no room for them.
     """
     used = {*plan.budget.compute, *(device.device for device in plan.devices)}
     limits = {place: n_bytes if place in used else 0 for place, n_bytes in plan.budget.limits.items()}
-    return ",".join(f"{place.removeprefix('cuda:')}={n_bytes}" for place, n_bytes in limits.items())
+    gpus = (device for device in plan.budget.compute if device.startswith("cuda:"))
+    numbers = {device: str(number) for number, device in enumerate(gpus)}
+    return ",".join(f"{numbers.get(place, place)}={n_bytes}" for place, n_bytes in limits.items())
 
 
 def _from_the_hub(plan: Plan) -> bool:

@@ -16,6 +16,9 @@ from deployment.manifests.containers import is_port
 from deployment.manifests.objects import Json, Objects, Pod, listed, mapping, name, namespace, title, wrong
 from exporter.errors import BadSpec
 from exporter.spec import from_toml, make_spec
+from loader.budget import MemoryBudget
+from loader.errors import BadBudget
+from loader.probe import Gpu, Machine
 from service.settings import ALTERNATIVES, ENV_PREFIX, SECRET_FIELDS, Settings, explain
 
 CONFIG_FILE = "/etc/snugfit/snugfit.toml"
@@ -23,6 +26,9 @@ CONFIG_VARIABLE = f"{ENV_PREFIX}CONFIG"
 # Files of the container: they are not on this machine, and Settings looks.
 _FILES = ("api_key_file", "chat_template")
 _DEFAULT_GRACE_SECONDS = 30
+# Whose memory is no reason to refuse a budget.
+_GPUS = tuple(Gpu(f"cuda:{number}", "any", f"GPU-{number}", 2**40, 2**40, 100) for number in range(16))
+_LARGE = Machine(ram_total_bytes=2**50, ram_free_bytes=2**50, gpus=_GPUS)
 _SLEEP = re.compile(r"\bsleep\s+(\d+)\b")
 
 
@@ -99,8 +105,18 @@ def _settings(service: Service) -> Iterator[str]:
             field = str(detail["loc"][0])
             yield _say(service, field, values[field], f"accepted: {explain(field)['accepts']}")
         return
+    yield from _budget(service, settings)
     yield from _grace(service, settings)
     yield from _port(service, settings)
+
+
+def _budget(service: Service, settings: Settings) -> Iterator[str]:
+    """The loader reads sizes when the settings are accepted already."""
+    try:
+        MemoryBudget.parse(settings.budget, settings.max_memory, settings.device, _LARGE)
+    except BadBudget as err:
+        field = "budget" if settings.max_memory is None else "max_memory"
+        yield _say(service, field, getattr(settings, field), f"the service would not start: {err}")
 
 
 def _values(service: Service) -> Generator[str, None, dict[str, Any]]:
@@ -124,6 +140,8 @@ def _values(service: Service) -> Generator[str, None, dict[str, Any]]:
     for field, value in {**found, **variables}.items():
         if field not in Settings.model_fields:
             yield _say(service, field, value, "there is no such setting: the service would not start")
+        if variables.get(field) and field in found:
+            yield _say(service, field, value, "the file has it too and would not be heard: say it once")
     found.update({field: value for field, value in variables.items() if value})  # "" counts as not set
     return {field: value for field, value in found.items() if field in Settings.model_fields}
 

@@ -87,6 +87,9 @@ def _blocks_evictions(objects: Objects, budget: Json, field: str, pods: list[Pod
     if number is None or number < 0:
         yield wrong(budget, f"spec.{field}", value, 'it is a number of pods or a share such as "50%"')
         return
+    if str(value).endswith("%") and number > replicas:
+        yield wrong(budget, f"spec.{field}", value, "a share is 100% at most")
+        return
     may_go = number if field == "maxUnavailable" else replicas - number
     if replicas and may_go < 1:
         right = f"none of {replicas} pods may be evicted then: no node could ever be drained"

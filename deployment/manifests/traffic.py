@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator
 
 from deployment.manifests.containers import is_port, one_of, port_list
@@ -28,6 +29,8 @@ _SERVICE_WORDS = {
 }
 _PATH_TYPES = ("Exact", "Prefix", "ImplementationSpecific")
 _LOWEST_NODE_PORT, _HIGHEST_NODE_PORT = 30000, 32767
+_DURATION = re.compile(r"(\d+)(ms|[ywdhms])")
+_UNIT_SECONDS = {"ms": 0.001, "s": 1, "m": 60, "h": 3600, "d": 86_400, "w": 604_800, "y": 31_536_000}
 _A_PORT = "a port is a number from 1 to 65535"
 
 
@@ -151,6 +154,10 @@ def _route(objects: Objects, route: Json) -> Iterator[str]:
     if not mapping(route, "spec").get("parentRefs"):
         yield wrong(route, "spec.parentRefs", None, "a route names the Gateway that it hangs on")
     for rule_path, rule in listed(mapping(route, "spec"), "rules", "spec"):
+        for path, match in listed(rule, "matches", rule_path):
+            value = mapping(match, "path").get("value", "/")
+            if mapping(match, "path").get("type") != "RegularExpression" and not str(value).startswith("/"):
+                yield wrong(route, f"{path}.path.value", value, "it begins with /")
         for path, reference in listed(rule, "backendRefs", rule_path):
             if reference.get("kind", "Service") == "Service" and not reference.get("group"):
                 wanted = str(reference.get("name")), reference.get("port")
@@ -174,6 +181,16 @@ def _monitor(objects: Objects, monitor: Json) -> Iterator[str]:
         if port not in known and "targetPort" not in endpoint:
             right = f"it is the name of a Service's port: {', '.join(sorted(map(str, known)))}"
             yield wrong(monitor, f"{path}.port", port, right)
+        interval, timeout = _seconds(endpoint.get("interval")), _seconds(endpoint.get("scrapeTimeout"))
+        if interval and timeout and timeout > interval:
+            right = f"it is at most the interval, {endpoint['interval']}"
+            yield wrong(monitor, f"{path}.scrapeTimeout", endpoint["scrapeTimeout"], right)
+
+
+def _seconds(duration: object) -> float:
+    """Of a duration as Prometheus has them, such as "1m30s"; 0 where there is none, or 0 s."""
+    parts = _DURATION.findall(str(duration or ""))
+    return sum(int(number) * _UNIT_SECONDS[unit] for number, unit in parts)
 
 
 def _is_monitored(service: Json, monitor: Json, selector: Json) -> bool:

@@ -10,6 +10,7 @@ from deployment.manifests.objects import Json, Objects, Pod, listed, mapping, ma
 
 _CONTROLLERS = ("Deployment", "ReplicaSet", "StatefulSet", "DaemonSet")
 _RULE_ACTIONS = ("FailJob", "FailIndex", "Ignore", "Count")
+_STATUSES = ("True", "False", "Unknown")
 _HIGHEST_EXIT_CODE = 255
 
 
@@ -102,6 +103,10 @@ def _rule(pod: Pod, path: str, rule: Json) -> Iterator[str]:
     conditions = [key for key in ("onExitCodes", "onPodConditions") if rule.get(key)]
     if len(conditions) != 1:
         yield pod.wrong(path, conditions, "a rule has one of onExitCodes and onPodConditions")
+    for condition_path, condition in listed(rule, "onPodConditions", path):
+        if condition.get("status") not in _STATUSES:  # that it may be left out is new in 1.35
+            right = f"before Kubernetes 1.35 it has to be there, as one of {', '.join(_STATUSES)}"
+            yield pod.wrong(f"{condition_path}.status", condition.get("status"), right)
     codes = mapping(rule, "onExitCodes")
     if codes:
         yield from _exit_codes(pod, f"{path}.onExitCodes", codes)

@@ -32,7 +32,7 @@ FOLDER = ROOT / "build" / "monitoring"
 TRAFFIC_SECONDS = 40
 WIDTH = 120  # of the table
 # What Grafana would put in for its variables: it takes four scrapes for the interval.
-VARIABLES = {"$__rate_interval": "4s", "$job": ".*", "$instance": ".*"}
+VARIABLES = {"$__rate_interval": "4s", "$namespace": ".*", "$job": ".*", "$instance": ".*"}
 # Alerts whose condition cannot be brought about here, and why; tests/deployment/rules_test.yaml has them all.
 NOT_PROVOKED = {"SnugfitExporterFailed": "its metric is kube-state-metrics', which needs a cluster"}
 

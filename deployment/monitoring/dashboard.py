@@ -18,6 +18,9 @@ from deployment.monitoring.panels import ROWS, Panel, Query, Row
 DASHBOARD = ROOT / "helm" / "dashboards" / "snugfit.json"
 COLUMNS = 24  # of Grafana's grid
 HEIGHTS = {"stat": 4, "timeseries": 8, "bargauge": 8}
+# What is chosen of these narrows the choice of the variables after them.
+NARROWING = ("namespace", "job")
+VARIABLES = (*NARROWING, "instance", "model")
 SOURCE = {"type": "prometheus", "uid": "${datasource}"}
 
 
@@ -35,7 +38,7 @@ def dashboard(rows: Iterable[Row] = ROWS) -> dict[str, Any]:
         "refresh": "30s",
         "time": {"from": "now-1h", "to": "now"},
         "timezone": "browser",
-        "templating": {"list": [_datasource(), *map(_variable, ("job", "instance", "model"))]},
+        "templating": {"list": [_datasource(), *map(_variable, VARIABLES)]},
         "annotations": {"list": []},
         "links": [],
         "panels": list(_panels(rows)),
@@ -54,9 +57,9 @@ def _datasource() -> dict[str, Any]:
 
 
 def _variable(label: str) -> dict[str, Any]:
-    """Values of one label; build_info has all three, from the first second on."""
-    narrower = "" if label == "job" else '{job=~"$job"}'
-    query = f"label_values(snugfit_build_info{narrower}, {label})"
+    """Values of one label; build_info has all of them, from the first second on."""
+    chosen = ", ".join(f'{name}=~"${name}"' for name in NARROWING[: VARIABLES.index(label)])
+    query = f"label_values(snugfit_build_info{{{chosen}}}, {label})"
     return {
         "name": label,
         "label": label.capitalize(),
@@ -67,7 +70,7 @@ def _variable(label: str) -> dict[str, Any]:
         "sort": 1,
         "multi": True,
         "includeAll": True,
-        "allValue": ".*",
+        "allValue": ".*",  # and series without the label, as those of a Prometheus outside a cluster
         "current": {"text": ["All"], "value": ["$__all"]},
         "hide": 0,
     }

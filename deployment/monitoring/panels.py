@@ -5,7 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 # Series of the engine have the model's name; those of the process and its devices do not.
-TARGET = 'job=~"$job", instance=~"$instance"'
+# The namespace is there in a cluster only; "all" of them takes series without one, too.
+TARGET = 'namespace=~"$namespace", job=~"$job", instance=~"$instance"'
 ENGINE = f'{TARGET}, model=~"$model"'
 WINDOW = "$__rate_interval"
 

@@ -1,6 +1,7 @@
 {{/* What the schema cannot say: values that are right alone and wrong together. All of them are told at once. */}}
 {{- define "snugfit.checks" -}}
 {{- $problems := concat
+      (include "snugfit.checks.names" . | fromJsonArray)
       (include "snugfit.checks.model" . | fromJsonArray)
       (include "snugfit.checks.volume" . | fromJsonArray)
       (include "snugfit.checks.exporter" . | fromJsonArray)
@@ -8,10 +9,20 @@
 {{- if $problems }}{{ fail (printf "\n\n- %s\n" (join "\n- " $problems)) }}{{ end }}
 {{- end }}
 
+{{/* A Service's name has no dot and a letter first; a release's may be otherwise. */}}
+{{- define "snugfit.checks.names" -}}
+{{- $problems := list }}
+{{- $name := include "snugfit.fullname" . }}
+{{- if not (regexMatch "^[a-z]([-a-z0-9]*[a-z0-9])?$" $name) }}
+{{- $problems = append $problems (printf "the Service would be called %s, and its name has a letter first, and then letters, digits and -: set fullnameOverride, or give the release another name." $name) }}
+{{- end }}
+{{- toJson $problems }}
+{{- end }}
+
 {{- define "snugfit.checks.model" -}}
 {{- $problems := list }}
 {{- $source := .Values.model.source }}{{ $model := default "" .Values.config.model }}
-{{- $onVolume := regexMatch "^/models(/|$)" $model }}
+{{- $onVolume := ne (include "snugfit.onVolume" .) "" }}
 {{- if and $onVolume (eq $source "none") }}
 {{- $problems = append $problems (printf "config.model is %s, and nothing is mounted at /models: set model.source to pvc or image." $model) }}
 {{- end }}
@@ -98,18 +109,47 @@
 {{- $problems := list }}
 {{- range index . 1 }}
 {{- if has .name (last $) }}
-{{- $problems = append $problems (printf "%s sets %s, which the chart sets itself: take it out%s." (first $) .name (ternary ", and set config.host" "" (eq .name "SNUGFIT_HOST"))) }}
+{{- $problems = append $problems (printf "%s sets %s, which the chart sets itself: take it out." (first $) .name) }}
+{{- end }}
+{{- end }}
+{{- toJson $problems }}
+{{- end }}
+
+{{/* Over the file the environment wins, and the chart knows only what stands in the file. A key alone may come from a
+     Secret this way. */}}
+{{- define "snugfit.checks.settings" -}}
+{{- $problems := list }}
+{{- range .Values.extraEnv }}
+{{- $name := default "" .name | toString | upper }}
+{{- if eq $name "SNUGFIT_CONFIG" }}
+{{- $problems = append $problems "extraEnv sets SNUGFIT_CONFIG, which the chart sets itself: take it out." }}
+{{- else if and (hasPrefix "SNUGFIT_" $name) (ne $name "SNUGFIT_API_KEY") }}
+{{- $problems = append $problems (printf "extraEnv sets %s, which would win over what the chart reads in config: take it out, and set config.%s." .name (trimPrefix "SNUGFIT_" $name | lower)) }}
+{{- end }}
+{{- end }}
+{{- toJson $problems }}
+{{- end }}
+
+{{/* Takes (list PATH RESOURCES). */}}
+{{- define "snugfit.checks.resources" -}}
+{{- $problems := list }}
+{{- $limits := dig "limits" dict (last . | default dict) }}
+{{- range $name, $request := dig "requests" dict (last . | default dict) }}
+{{- $limit := get $limits $name }}
+{{- if and $limit (gt (include "snugfit.number" $request | float64) (include "snugfit.number" $limit | float64)) }}
+{{- $problems = append $problems (printf "%s.requests.%s is %v, above the limit of %v: set %s.limits.%s too." (first $) $name $request $limit (first $) $name) }}
 {{- end }}
 {{- end }}
 {{- toJson $problems }}
 {{- end }}
 
 {{- define "snugfit.checks.other" -}}
-{{- $own := list "SNUGFIT_CONFIG" "SNUGFIT_HOST" }}
-{{- if and (eq .Values.model.source "pvc") (not .Values.persistence.readOnly) }}
-{{- $own = append $own "HF_HOME" }}
-{{- end }}
-{{- $problems := include "snugfit.checks.env" (list "extraEnv" .Values.extraEnv $own) | fromJsonArray }}
+{{- $own := ternary (list "HF_HOME") list (and (eq .Values.model.source "pvc") (not .Values.persistence.readOnly)) }}
+{{- $problems := concat
+      (include "snugfit.checks.env" (list "extraEnv" .Values.extraEnv $own) | fromJsonArray)
+      (include "snugfit.checks.settings" . | fromJsonArray)
+      (include "snugfit.checks.resources" (list "resources" .Values.resources) | fromJsonArray)
+      (include "snugfit.checks.resources" (list "exporter.resources" .Values.exporter.resources) | fromJsonArray) }}
 {{- if regexMatch "^(127\\.|localhost$|::1$)" .Values.config.host }}
 {{- $problems = append $problems (printf "config.host is %s: neither the probes nor the Service reach it there. 0.0.0.0 is every address of the pod." .Values.config.host) }}
 {{- end }}
@@ -125,12 +165,13 @@
 {{- if and .Values.config.api_key_file (include "snugfit.keysSecret" .) }}
 {{- $problems = append $problems "config.api_key_file and apiKeys: give one of them." }}
 {{- end }}
-{{- $planned := dig "limits" .Values.gpu.resource 0 .Values.resources | int }}
+{{- $resources := default dict .Values.resources }}
+{{- $planned := dig "limits" .Values.gpu.resource 0 $resources | int }}
 {{- if and .Values.gpu.count $planned (ne (int .Values.gpu.count) $planned) }}
 {{- $problems = append $problems (printf "gpu.count is %d and resources.limits say %d %s: leave gpu.count 0 with a plan's values." (int .Values.gpu.count) $planned .Values.gpu.resource) }}
 {{- end }}
-{{- if and .Values.gpu.count (ne .Values.gpu.resource "nvidia.com/gpu") (dig "limits" "nvidia.com/gpu" 0 .Values.resources) }}
-{{- $problems = append $problems (printf "gpu.count asks for %s, and resources for nvidia.com/gpu as a plan does: the pod would have to have both. Take nvidia.com/gpu out of resources." .Values.gpu.resource) }}
+{{- if and (ne .Values.gpu.resource "nvidia.com/gpu") (dig "limits" "nvidia.com/gpu" 0 $resources) }}
+{{- $problems = append $problems (printf "gpu.resource is %s, and resources ask for nvidia.com/gpu as a plan does: the pod would have to have that. Take nvidia.com/gpu out of resources, and set gpu.count." .Values.gpu.resource) }}
 {{- end }}
 {{- if .Values.autoscaling.enabled }}
 {{- if gt (int .Values.autoscaling.minReplicas) (int .Values.autoscaling.maxReplicas) }}
@@ -145,6 +186,11 @@
 {{- end }}
 {{- if and (eq .Values.autoscaling.kind "keda") (not .Values.autoscaling.keda.serverAddress) }}
 {{- $problems = append $problems "autoscaling.kind is keda: set autoscaling.keda.serverAddress to Prometheus, such as http://prometheus.monitoring:9090." }}
+{{- end }}
+{{- end }}
+{{- with .Values.serviceMonitor }}
+{{- if and .scrapeTimeout (gt (include "snugfit.milliseconds" .scrapeTimeout | int) (include "snugfit.milliseconds" .interval | int)) }}
+{{- $problems = append $problems (printf "serviceMonitor.scrapeTimeout (%s) is above serviceMonitor.interval (%s): Prometheus would refuse it. Leave scrapeTimeout empty." .scrapeTimeout .interval) }}
 {{- end }}
 {{- end }}
 {{- if and .Values.ingress.enabled (not .Values.ingress.hosts) }}

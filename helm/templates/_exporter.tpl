@@ -18,12 +18,13 @@ podFailurePolicy:
     - action: FailJob
       onExitCodes: {containerName: export, operator: In, values: [2, 42, 43, 44, 45]}
     - action: Ignore
-      onPodConditions: [{type: DisruptionTarget}]
+      # Before 1.35 the status has to be there.
+      onPodConditions: [{type: DisruptionTarget, status: "True"}]
 template:
   metadata:
-    labels: {{- include "snugfit.selector" (list . "exporter") | nindent 6 }}
-    annotations:
-      checksum/config: {{ include "snugfit.toml" .Values.exporter.spec | sha256sum }}
+    labels: {{- merge (include "snugfit.selector" (list . "exporter") | fromYaml) (default dict .Values.exporter.podLabels) | toYaml | nindent 6 }}
+    {{- $own := dict "checksum/config" (include "snugfit.toml" .Values.exporter.spec | sha256sum) }}
+    annotations: {{- merge $own (default dict .Values.exporter.podAnnotations) | toYaml | nindent 6 }}
   spec: {{- include "snugfit.exporterPod" . | nindent 4 }}
 {{- end }}
 
@@ -31,10 +32,13 @@ template:
 {{- $image := ternary .Values.exporterImage .Values.image (ne .Values.exporterImage.repository "") -}}
 {{ include "snugfit.podBasics" . }}
 restartPolicy: Never
+{{- with .Values.exporter.priorityClassName }}
+priorityClassName: {{ . | quote }}
+{{- end }}
 terminationGracePeriodSeconds: 60
 containers:
   - name: export
-    image: {{ include "snugfit.image" (list . $image) }}
+    image: {{ include "snugfit.image" (list . $image) | quote }}
     imagePullPolicy: {{ $image.pullPolicy }}
     securityContext: {{- toYaml .Values.securityContext | nindent 6 }}
     args: [export, --config, /etc/snugfit/export.toml]
@@ -44,7 +48,7 @@ containers:
       {{- with .Values.exporter.extraEnv }}
       {{- toYaml . | nindent 6 }}
       {{- end }}
-    resources: {{- toYaml .Values.exporter.resources | nindent 6 }}
+    resources: {{- toYaml (default dict .Values.exporter.resources) | nindent 6 }}
     volumeMounts:
       - {name: tmp, mountPath: /tmp}
       - {name: config, mountPath: /etc/snugfit, readOnly: true}

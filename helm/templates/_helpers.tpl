@@ -1,21 +1,21 @@
 {{/* Names and labels */}}
 
 {{- define "snugfit.name" -}}
-{{- default .Chart.Name .Values.nameOverride | trunc 63 | trimSuffix "-" }}
+{{- default .Chart.Name .Values.nameOverride | trunc 63 | trimAll "-." }}
 {{- end }}
 
 {{/* 40 letters, so that a suffix fits into the 63 of a label. */}}
 {{- define "snugfit.fullname" -}}
 {{- $name := include "snugfit.name" . }}
 {{- $full := ternary .Release.Name (printf "%s-%s" .Release.Name $name) (contains $name .Release.Name) }}
-{{- default $full .Values.fullnameOverride | trunc 40 | trimSuffix "-" }}
+{{- default $full .Values.fullnameOverride | trunc 40 | trimAll "-." }}
 {{- end }}
 
 {{/* Takes (list ROOT COMPONENT). */}}
 {{- define "snugfit.selector" -}}
 {{- $ := first . -}}
-app.kubernetes.io/name: {{ include "snugfit.name" $ }}
-app.kubernetes.io/instance: {{ $.Release.Name }}
+app.kubernetes.io/name: {{ include "snugfit.name" $ | quote }}
+app.kubernetes.io/instance: {{ $.Release.Name | quote }}
 app.kubernetes.io/component: {{ last . }}
 {{- end }}
 
@@ -33,7 +33,7 @@ helm.sh/chart: {{ printf "%s-%s" $.Chart.Name $.Chart.Version | replace "+" "_" 
 {{- end }}
 
 {{- define "snugfit.keysSecret" -}}
-{{- $made := ternary (printf "%s-keys" (include "snugfit.fullname" .)) "" (gt (len .Values.apiKeys.values) 0) }}
+{{- $made := ternary (printf "%s-keys" (include "snugfit.fullname" .)) "" (not (empty .Values.apiKeys.values)) }}
 {{- default $made .Values.apiKeys.existingSecret }}
 {{- end }}
 
@@ -49,7 +49,27 @@ helm.sh/chart: {{ printf "%s-%s" $.Chart.Name $.Chart.Version | replace "+" "_" 
 {{- end }}
 {{- end }}
 
+{{/* Where config.model lies on what is mounted at /models: its path; empty elsewhere. */}}
+{{- define "snugfit.onVolume" -}}
+{{- $path := default "" .Values.config.model | clean }}
+{{- if regexMatch "^/models(/|$)" $path }}{{ $path }}{{ end }}
+{{- end }}
+
 {{/* Numbers */}}
+
+{{/* A quantity of Kubernetes as a number: "1Gi", 1073741824. */}}
+{{- define "snugfit.number" -}}
+{{- $units := dict "" 1 "m" 0.001 "k" 1e3 "M" 1e6 "G" 1e9 "T" 1e12 "P" 1e15
+      "Ki" 1024 "Mi" 1048576 "Gi" 1073741824 "Ti" 1099511627776 "Pi" 1125899906842624 }}
+{{- if kindIs "string" . }}{{ mulf (regexFind "^[0-9.]+" . | float64) (get $units (regexFind "[a-zA-Z]*$" .)) }}
+{{- else }}{{ . }}{{ end }}
+{{- end }}
+
+{{/* A duration of Prometheus as milliseconds: "15s". */}}
+{{- define "snugfit.milliseconds" -}}
+{{- $units := dict "ms" 1 "s" 1000 "m" 60000 "h" 3600000 }}
+{{- mul (regexFind "^[0-9]+" . | atoi) (get $units (regexFind "[a-z]+$" .)) }}
+{{- end }}
 
 {{- define "snugfit.mostReplicas" -}}
 {{- ternary .Values.autoscaling.maxReplicas .Values.replicaCount .Values.autoscaling.enabled | int }}
@@ -73,12 +93,17 @@ helm.sh/chart: {{ printf "%s-%s" $.Chart.Name $.Chart.Version | replace "+" "_" 
 
 {{/* A map as TOML. Whole numbers arrive as floats, which Helm 3 and Helm 4 would write differently. */}}
 {{- define "snugfit.toml" -}}
-{{- $values := dict }}
-{{- range $key, $value := . }}
-{{- if kindIs "float64" $value }}{{ if eq $value (floor $value) }}{{ $value = int64 $value }}{{ end }}{{ end }}
-{{- $_ := set $values $key $value }}
-{{- end }}
+{{- $values := default dict . | deepCopy }}
+{{- include "snugfit.whole" $values }}
 {{- toToml $values | trim }}
+{{- end }}
+
+{{/* Makes whole numbers of a map, and of maps in it, integers. It prints nothing. */}}
+{{- define "snugfit.whole" -}}
+{{- range $key, $value := . }}
+{{- if kindIs "float64" $value }}{{ if eq $value (floor $value) }}{{ $_ := set $ $key (int64 $value) }}{{ end }}
+{{- else if kindIs "map" $value }}{{ include "snugfit.whole" $value }}{{ end }}
+{{- end }}
 {{- end }}
 
 {{/* YAML takes on and off, which some settings are, for true and false, which none is. */}}
@@ -97,7 +122,7 @@ helm.sh/chart: {{ printf "%s-%s" $.Chart.Name $.Chart.Version | replace "+" "_" 
 {{/* Parts of pods */}}
 
 {{- define "snugfit.podBasics" -}}
-serviceAccountName: {{ include "snugfit.serviceAccountName" . }}
+serviceAccountName: {{ include "snugfit.serviceAccountName" . | quote }}
 automountServiceAccountToken: false
 enableServiceLinks: false
 securityContext: {{- toYaml .Values.podSecurityContext | nindent 2 }}
@@ -108,7 +133,7 @@ imagePullSecrets: {{- toYaml . | nindent 2 }}
 
 {{/* `resources`, and the GPUs of `gpu.count`. */}}
 {{- define "snugfit.resources" -}}
-{{- $resources := deepCopy .Values.resources }}
+{{- $resources := default dict .Values.resources | deepCopy }}
 {{- if .Values.gpu.count }}
 {{- $gpus := dict .Values.gpu.resource (int .Values.gpu.count) }}
 {{- $resources = merge (dict "requests" $gpus "limits" (deepCopy $gpus)) $resources }}
@@ -120,11 +145,11 @@ imagePullSecrets: {{- toYaml . | nindent 2 }}
 name: models
 {{- if eq .Values.model.source "image" }}
 image:
-  reference: {{ .Values.model.image.reference }}
+  reference: {{ .Values.model.image.reference | quote }}
   pullPolicy: {{ .Values.model.image.pullPolicy }}
 {{- else }}
 persistentVolumeClaim:
-  claimName: {{ include "snugfit.claim" . }}
+  claimName: {{ include "snugfit.claim" . | quote }}
   {{- if eq .Values.persistence.accessMode "ReadOnlyMany" }}
   readOnly: true
   {{- end }}

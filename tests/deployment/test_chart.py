@@ -4,6 +4,7 @@ import pytest
 
 from deployment import chart, tools
 from deployment.outcome import Failed, told
+from deployment.rendering import documents
 
 
 @pytest.fixture
@@ -33,6 +34,30 @@ def test_helms_that_render_differently_are_an_error(a_chart, monkeypatch):
     monkeypatch.setattr(chart, "render", lambda helm, *values, **how: f"kind: {helm}")
     with pytest.raises(Failed, match="the Helms render it differently"):
         chart._render_all(["helm3", "helm4"])
+
+
+def test_a_key_that_is_there_twice_is_an_error(a_chart, monkeypatch):
+    twice = "kind: Pod\nmetadata:\n  annotations: {a: b}\n  annotations: {c: d}\n"
+    monkeypatch.setattr(chart, "render", lambda helm, *values, **how: twice)
+    with pytest.raises(Failed, match=r"values\.yaml for 1\.31: line 4: the key annotations is there twice"):
+        chart._render_all(["helm4"])
+
+
+@pytest.mark.parametrize("text", ["1e3", "1.5e3", "y", "N", "on", "true", "123"])
+def test_what_go_takes_for_a_number_or_a_truth_is_no_text(text):
+    (found,) = documents(f"name: {text}")
+    assert not isinstance(found["name"], str)
+    assert documents(f'name: "{text}"') == [{"name": text}]
+
+
+def test_pods_that_start_anew_when_the_exporter_is_switched_off_are_an_error(a_chart, monkeypatch):
+    def rendered(helm, files, values=None, **how):
+        waits = "[]" if values else "[{name: wait-for-export}]"
+        return f"kind: Deployment\nspec: {{template: {{spec: {{initContainers: {waits}}}}}}}\n"
+
+    monkeypatch.setattr(chart, "render", rendered)
+    with pytest.raises(Failed, match=r"exporter\.enabled: false starts the pods of the service anew"):
+        chart._switch_off(["helm4"])
 
 
 def test_values_that_are_not_refused_are_an_error(a_chart, monkeypatch):

@@ -33,7 +33,7 @@ def test_every_query_asks_for_what_the_service_exposes(names):
 
 def test_every_variable_asks_for_what_the_service_exposes(names):
     queries = [one["query"]["query"] for one in MODEL["templating"]["list"] if one["type"] == "query"]
-    assert len(queries) == 3
+    assert len(queries) == 4
     for query in queries:
         assert asked_for(query) <= names
 
@@ -83,7 +83,17 @@ def test_every_query_is_of_the_instances_that_the_viewer_has_chosen():
         selectors = re.findall(r"\{([^{}]*)\}", target["expr"])
         assert len(selectors) >= len(asked_for(target["expr"]))
         for selector in selectors:
-            assert selector.startswith('job=~"$job", instance=~"$instance"')
+            assert selector.startswith('namespace=~"$namespace", job=~"$job", instance=~"$instance"')
+
+
+def test_without_a_choice_series_without_a_namespace_are_there_too():
+    """Outside a cluster none has one; and what is chosen narrows what comes after."""
+    namespace, job, *others = (one for one in MODEL["templating"]["list"] if one["type"] == "query")
+    assert (namespace["name"], namespace["allValue"], namespace["current"]["value"]) == (
+        "namespace", ".*", ["$__all"],
+    )  # fmt: skip
+    assert '{namespace=~"$namespace"}' in job["query"]["query"]
+    assert all('{namespace=~"$namespace", job=~"$job"}' in one["query"]["query"] for one in others)
 
 
 def test_the_check_against_prometheus_leaves_no_variable_of_grafanas():

@@ -4,6 +4,7 @@ import tomllib
 
 import pytest
 
+from deployment.rendering import documents, render
 from service.settings import Settings
 from service.sources import load_settings
 
@@ -49,6 +50,14 @@ def test_every_key_arrives_as_it_was_given(chart, accepted):
 
 def test_whole_numbers_stay_whole(chart):
     assert "context = 2097152\n" in chart({"config": EVERY_KIND}).config
+
+
+def test_whole_numbers_stay_whole_in_a_map_too(chart, accepted, helm3):
+    values = {"config": {"max_memory": {0: 16_000_000_000, "cpu": 8_000_000_000}}}
+    release = chart(values)
+    assert "cpu = 8000000000\n" in release.config + "\n"
+    assert accepted(release.config).max_memory == "0=16000000000,cpu=8000000000"
+    assert documents(render(helm3, values=values)) == release.documents
 
 
 def test_limits_by_device_may_be_a_map(chart, accepted):

@@ -150,6 +150,29 @@ def test_a_spread_without_a_selector_is_of_this_releases_pods(chart):
     assert second["labelSelector"] == own
 
 
+def test_annotations_and_labels_of_ones_own_do_not_replace_the_charts(chart):
+    keys = {"apiKeys": {"values": ["one"]}}
+    plain = chart(keys).deployment["template"]["metadata"]
+    own = {
+        "podAnnotations": {"checksum/config": "mine", "checksum/api-keys": "mine", "a": "b"},
+        "podLabels": {"app.kubernetes.io/name": "mine", "team": "ml"},
+    }
+    assert chart({**keys, **own}).deployment["template"]["metadata"] == {
+        "annotations": {**plain["annotations"], "a": "b"},
+        "labels": {**plain["labels"], "team": "ml"},
+    }
+
+
+def test_without_a_liveness_probe_no_container_is_started_again(chart):
+    assert "livenessProbe" not in chart({"livenessProbe": None}).container
+
+
+def test_without_resources_a_pod_asks_for_nothing_but_its_gpus(chart):
+    assert chart({"resources": None}).container["resources"] == {}
+    gpus = chart({"resources": None, "gpu": {"count": 1}}).container["resources"]
+    assert gpus == {"requests": {"nvidia.com/gpu": 1}, "limits": {"nvidia.com/gpu": 1}}
+
+
 def test_a_new_version_of_the_chart_alone_does_not_load_every_model_again(chart):
     labels = chart().deployment["template"]["metadata"]["labels"]
     assert not {"helm.sh/chart", "app.kubernetes.io/version"} & labels.keys()

@@ -9,6 +9,7 @@ import exporter.__main__
 import service.cli
 from exporter import manifest
 from exporter.spec import from_toml, make_spec
+from loader.checkpoint import CONFIG
 from loader.errors import EXIT_BAD_INPUT, EXIT_DOES_NOT_FIT, EXIT_INTERRUPTED, EXIT_RETRY, EXIT_USAGE
 
 OTHER_EXPORT_THERE, VERIFICATION_FAILED, STOPPED = 44, 45, 143
@@ -70,7 +71,7 @@ def test_the_codes_are_those_of_the_container_that_exports(chart, export_values)
 def test_a_pod_that_was_evicted_does_not_count_as_a_try(chart, export_values):
     rules = chart(export_values).job["podFailurePolicy"]["rules"]
     (rule,) = (rule for rule in rules if rule["action"] == "Ignore")
-    assert rule["onPodConditions"] == [{"type": "DisruptionTarget"}]
+    assert rule["onPodConditions"] == [{"type": "DisruptionTarget", "status": "True"}]
 
 
 def test_both_images_understand_the_jobs_arguments(chart, export_values, capfd):
@@ -95,6 +96,23 @@ def test_another_export_is_another_job_and_the_same_one_is_not(chart, export_val
     assert name() == name(replicaCount=3, podLabels={"team": "a"})
     other = {**export_values["exporter"], "spec": {**export_values["exporter"]["spec"], "adapters": []}}
     assert len({name(), name(exporter=other), name(image={"tag": "2"}), name(nodeSelector={"a": "b"})}) == 4
+
+
+def test_the_jobs_pod_has_annotations_labels_and_a_priority_of_its_own(chart, export_values):
+    own = {
+        "podAnnotations": {"example.org/inject": "false", "checksum/config": "mine"},
+        "podLabels": {"team": "ml", "app.kubernetes.io/component": "service"},
+        "priorityClassName": "batch",
+    }
+    values = {**export_values, "priorityClassName": "serving", "podLabels": {"not": "here"}}
+    plain = chart(values).job["template"]
+    template = chart({**values, "exporter": {**export_values["exporter"], **own}}).job["template"]
+    assert template["metadata"] == {
+        "annotations": {**plain["metadata"]["annotations"], "example.org/inject": "false"},
+        "labels": {**plain["metadata"]["labels"], "team": "ml"},
+    }
+    assert template["spec"]["priorityClassName"] == "batch"
+    assert "priorityClassName" not in plain["spec"]
 
 
 def test_names_with_a_hash_fit_into_a_label(chart, export_values):
@@ -153,10 +171,18 @@ def test_the_service_waits_until_the_export_is_published(waiting, tmp_path):
     assert str(tmp_path / "merged") in waiting.stdout.readline()
     staging = tmp_path / ".merged.snugfit-export"
     staging.mkdir()
-    (staging / manifest.NAME).write_text("{}")
+    for name in (CONFIG, manifest.NAME):
+        (staging / name).write_text("{}")
     time.sleep(2.5)  # longer than it sleeps between two looks
     assert waiting.poll() is None, "it did not wait for the rename"
     staging.rename(tmp_path / "merged")
+    assert waiting.wait(timeout=10) == 0
+
+
+def test_a_model_that_was_copied_there_is_waited_for_like_an_export(waiting, tmp_path):
+    waiting.stdout.readline()
+    (tmp_path / "merged").mkdir()
+    (tmp_path / "merged" / CONFIG).write_text("{}")
     assert waiting.wait(timeout=10) == 0
 
 
@@ -174,7 +200,28 @@ def test_the_step_needs_nothing_but_the_services_image_and_only_reads(chart, exp
     assert mount["readOnly"] is True
 
 
-def test_without_an_exporter_nothing_waits(chart):
-    release = chart()
+@pytest.mark.parametrize("persistence", [{}, {"accessMode": "ReadWriteOnce"}, {"readOnly": False}])
+def test_the_pods_stay_when_the_exporter_is_switched_off(chart, export_values, persistence):
+    """As docs/kubernetes.md tells to, once the Job is complete."""
+    export_values |= {"persistence": persistence, "apiKeys": {"values": ["one"]}}
+    on = chart(export_values)
+    off = chart({**export_values, "exporter": {**export_values["exporter"], "enabled": False}})
+    assert on.all("Job")
+    assert not off.all("Job")
+    assert off.deployment["template"] == on.deployment["template"]
+
+
+@pytest.mark.parametrize(
+    "values",
+    [
+        {},
+        {"config": {"model": "owner/name"}},
+        {"config": {"model": "owner/name"}, "model": {"source": "pvc"}, "persistence": {"readOnly": False}},
+        {"config": {"model": "/models"}, "model": {"source": "image", "image": {"reference": "r.example/m"}}},
+    ],
+    ids=["built-in", "hub", "hub, kept on the volume", "image"],
+)
+def test_nothing_waits_for_a_model_that_no_volume_has(chart, values):
+    release = chart(values)
     assert "initContainers" not in release.pod
     assert not release.all("Job")

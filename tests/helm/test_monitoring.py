@@ -19,6 +19,17 @@ def test_prometheus_scrapes_the_service_by_its_own_labels(chart):
     assert endpoint["path"] == "/metrics"
 
 
+def test_a_scrape_takes_as_long_as_prometheus_lets_it_unless_told_otherwise(chart):
+    def endpoint(**monitor):
+        (found,) = chart({"serviceMonitor": {"enabled": True, **monitor}}).one("ServiceMonitor")["spec"][
+            "endpoints"
+        ]
+        return found
+
+    assert endpoint(interval="5s") == {"port": "http", "path": "/metrics", "interval": "5s"}
+    assert endpoint(interval="1m", scrapeTimeout="60s")["scrapeTimeout"] == "60s"
+
+
 def test_the_rules_are_those_of_the_file(chart):
     rule = chart({"prometheusRule": {"enabled": True}}).one("PrometheusRule")
     assert rule["spec"] == yaml.safe_load((CHART / "rules" / "snugfit.yaml").read_text())

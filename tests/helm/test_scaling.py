@@ -97,3 +97,4 @@ def test_with_no_replica_only_the_exporter_runs(chart, export_values):
     release = chart({**export_values, "replicaCount": 0})
     assert release.deployment["replicas"] == 0
     assert release.one("Job")
+    assert not release.all("Pod"), "`helm test` would ask a service that is not there"

@@ -7,9 +7,18 @@ import pytest
 import yaml
 
 from deployment import manifests, policies
-from deployment.chart import as_said, refused
+from deployment.chart import as_said, asked_as, refused
 from deployment.chart_readme import schema_of, walk
-from deployment.rendering import CHART, KUBERNETES, Refused, cluster_has, documents, render, values_files
+from deployment.rendering import (
+    CHART,
+    KUBERNETES,
+    Refused,
+    cluster_has,
+    documents,
+    oldest_for,
+    render,
+    values_files,
+)
 
 VALUES = (CHART / "values.yaml").read_text(encoding="utf-8")
 # Maps of which values.yaml shows only what is set.
@@ -37,8 +46,40 @@ def test_helm_3_and_helm_4_render_alike_and_nothing_is_wrong_with_it(file, helm3
 @pytest.mark.parametrize("case", refused(), ids=lambda case: case["why"])
 def test_what_does_not_go_together_is_refused_with_the_reason(case, helm):
     with pytest.raises(Refused) as refusal:
-        render(helm, values=case["values"], kubernetes=case.get("kubernetes", KUBERNETES[-1]))
+        render(helm, values=case["values"], **asked_as(case))
     assert case["says"] in as_said(refusal.value)
+
+
+@pytest.mark.parametrize("release", ["true", "null", "on", "off"])
+def test_a_release_may_have_a_name_that_yaml_takes_for_something_else(helm, release):
+    """Of such a release the chart makes true-snugfit, which is text; the overrides are not lengthened."""
+    found = documents(
+        render(helm, values={"fullnameOverride": release, "nameOverride": release}, release=release)
+    )
+    assert manifests.problems(found) == []
+    (service,) = (document for document in found if document["kind"] == "Service")
+    assert service["metadata"]["name"] == service["spec"]["selector"]["app.kubernetes.io/instance"] == release
+
+
+@pytest.mark.parametrize("release", ["123", "1e3", "llm.v2", "y"])
+def test_a_release_whose_name_no_service_can_have_is_given_another_for_it(helm, release):
+    found = documents(render(helm, values={"fullnameOverride": "llm"}, release=release))
+    assert manifests.problems(found) == []
+    (service,) = (document for document in found if document["kind"] == "Service")
+    assert service["spec"]["selector"]["app.kubernetes.io/instance"] == release
+
+
+@pytest.mark.parametrize("name", ["x" * 39 + "-y", "x" * 39 + "--"])
+def test_a_name_that_is_cut_ends_with_a_letter_or_digit(chart, name):
+    assert chart({"fullnameOverride": name.rstrip("-") + "-z"}).one("Service")["metadata"]["name"] == "x" * 39
+
+
+def test_sets_of_values_that_an_old_kubernetes_is_spared_are_refused_there(helm):
+    spared = set(values_files()) - set(values_files(KUBERNETES[0]))
+    assert {file.name for file in spared} == {"image-volume-values.yaml"}
+    for file in spared:
+        with pytest.raises(Refused, match=rf"from Kubernetes {oldest_for(file)}"):
+            render(helm, [file], kubernetes=KUBERNETES[0])
 
 
 def test_all_problems_are_told_at_once(helm):
@@ -87,6 +128,11 @@ def test_every_value_is_used_by_a_template(schema):
 
 def is_part_of(name, wholes):
     return any(name.startswith(f"{whole}.") for whole in wholes)
+
+
+def test_the_oldest_kubernetes_that_the_chart_takes_is_one_that_it_is_checked_for():
+    chart = yaml.safe_load((CHART / "Chart.yaml").read_text())
+    assert chart["kubeVersion"] == f">={KUBERNETES[0]}.0-0"
 
 
 def test_the_versions_are_those_of_the_package():

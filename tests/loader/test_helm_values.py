@@ -69,6 +69,18 @@ def test_a_pod_asks_for_the_gpus_that_compute(spec):
     }  # fmt: skip
 
 
+@pytest.mark.parametrize("numbers", [(1,), (1, 3)])
+def test_a_pod_counts_its_gpus_from_0_whichever_they_were_where_it_was_planned(spec, numbers):
+    limits = {f"cuda:{number}": 9 * GB + number for number in numbers}
+    plan = make_plan(spec, MemoryBudget(tuple(limits), {**limits, "cpu": 20 * GB}))
+    there = planned_by_a_pod(plan, Machine(ram_total_bytes=64 * GB, ram_free_bytes=64 * GB))
+    anew = {number: place for place, number in enumerate(numbers)}
+    assert helm_values(plan)["resources"]["limits"]["nvidia.com/gpu"] == len(numbers)
+    assert there.budget.compute == tuple(f"cuda:{anew[number]}" for number in numbers)
+    assert [there.budget.limits[device] for device in there.budget.compute] == list(limits.values())
+    assert there.device_map == {part: anew.get(place, place) for part, place in plan.device_map.items()}
+
+
 def test_weights_that_wait_in_ram_are_the_pods_and_those_on_the_gpu_are_not(spec):
     gpu, spilled = (make_plan(spec, BUDGETS[name]) for name in ("on a GPU", "on a GPU with the rest in RAM"))
     assert pod_memory_bytes(gpu) < 4 * GB < spec.file_bytes
