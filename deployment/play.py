@@ -28,7 +28,7 @@ from deployment.images import exporter_trial
 from deployment.images.build import image
 from deployment.images.engine import FOLDER, call, environment, log, podman, program
 from deployment.images.service_trial import UID, ask, wait_until_ready
-from deployment.outcome import Skipped, exit_code, need, told
+from deployment.outcome import Failed, Skipped, exit_code, need, told
 from deployment.rendering import Document, documents, render
 
 MEMORY_MIB = 1024
@@ -36,6 +36,8 @@ KEY_FILE = "/etc/snugfit/keys/api-keys"
 WAIT_SECONDS = 3
 JOB_SECONDS = 120
 PODMANS_OWN = ("/usr/libexec/podman", "/usr/lib/podman")  # where podman looks, too
+# On a busy machine podman 4.3 may remove an init container before it has seen that it ended.
+PODMANS_RACE = "failed to remove once init container"
 PLAY_LOG = FOLDER / "play.log"
 # A kubelet's work, for which podman has nothing, or needs systemd.
 KUBELETS = ("ports", "startupProbe", "readinessProbe", "livenessProbe", "lifecycle")
@@ -46,6 +48,15 @@ def main() -> int:
 
 
 def played() -> str:
+    try:
+        return _play()
+    except Failed as err:
+        if PODMANS_RACE not in str(err):
+            raise
+        return _play()
+
+
+def _play() -> str:
     """The service's pod waits for the export, the Job makes it, the service answers from it."""
     port = free_port()
     rendered = documents(render(_helm(), values=values(port)))

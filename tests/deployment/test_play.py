@@ -7,7 +7,7 @@ from copy import deepcopy
 import pytest
 
 from deployment import play
-from deployment.outcome import Skipped
+from deployment.outcome import Failed, Skipped
 from deployment.play import playable
 
 SECURITY = {"readOnlyRootFilesystem": True, "capabilities": {"drop": ["ALL"]}}
@@ -88,3 +88,18 @@ def test_without_catatonit_the_step_is_skipped_and_says_what_to_install(monkeypa
     own.write_text("#!/bin/sh\n")
     own.chmod(0o755)
     play.need_pause()
+
+
+def test_podmans_own_race_is_tried_again_once_and_nothing_else(monkeypatch):
+    said = [f"podman play kube: {play.PODMANS_RACE} 1234", "something else"]
+
+    def fails():
+        raise Failed(said.pop(0))
+
+    monkeypatch.setattr(play, "_play", fails)
+    with pytest.raises(Failed, match="something else"):
+        play.played()
+    said.append("something else")
+    with pytest.raises(Failed, match="something else"):
+        play.played()
+    assert not said
