@@ -30,7 +30,7 @@ Serves a model in Kubernetes, and makes it first if it is to be exported. How to
 docs/kubernetes.md of the repository; here is every value.
 
 ```sh
-snugfit plan MODEL --budget 16GB --helm-values > plan.yaml
+snugfit plan MODEL --gpu 24GB --helm-values > plan.yaml
 helm install my-model helm -f values-of-mine.yaml -f plan.yaml
 ```
 

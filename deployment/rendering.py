@@ -74,6 +74,16 @@ def render(
     return run.stdout
 
 
+def notes(helm: Path, values: Mapping[str, Any]) -> str:
+    """What `helm install` tells when it is done. Helm 3 asks a cluster even for that; Helm 4 does not."""
+    command = [str(helm), "install", RELEASE, str(CHART), "--namespace", "models", "--dry-run=client"]
+    typed = yaml.safe_dump(dict(values))
+    run = subprocess.run([*command, "--values", "-"], input=typed, capture_output=True, text=True)
+    if run.returncode:
+        raise Refused(run.stderr.strip())
+    return run.stdout.partition("\nNOTES:\n")[2]
+
+
 def documents(rendered: str) -> list[Document]:
     """Raises Failed where a map has a key twice."""
     return [document for document in yaml.load_all(rendered, _AsGo) if document]

@@ -2,6 +2,8 @@
 {{- define "snugfit.checks" -}}
 {{- $problems := concat
       (include "snugfit.checks.names" . | fromJsonArray)
+      (include "snugfit.checks.images" . | fromJsonArray)
+      (include "snugfit.checks.gpu" . | fromJsonArray)
       (include "snugfit.checks.model" . | fromJsonArray)
       (include "snugfit.checks.volume" . | fromJsonArray)
       (include "snugfit.checks.exporter" . | fromJsonArray)
@@ -15,6 +17,51 @@
 {{- $name := include "snugfit.fullname" . }}
 {{- if not (regexMatch "^[a-z]([-a-z0-9]*[a-z0-9])?$" $name) }}
 {{- $problems = append $problems (printf "the Service would be called %s, and its name has a letter first, and then letters, digits and -: set fullnameOverride, or give the release another name." $name) }}
+{{- end }}
+{{- toJson $problems }}
+{{- end }}
+
+{{/* A registry may have a port: only what follows the last / is looked at for a tag. */}}
+{{- define "snugfit.checks.images" -}}
+{{- $problems := list }}
+{{- range list "image" "exporterImage" }}
+{{- $repository := get (get $.Values .) "repository" }}
+{{- if contains "@" $repository }}
+{{- $problems = append $problems (printf "%s.repository is %s: put what follows the @ in %s.digest." . $repository .) }}
+{{- else if regexMatch ":[^/]*$" $repository }}
+{{- $problems = append $problems (printf "%s.repository is %s: put the tag in %s.tag." . $repository .) }}
+{{- end }}
+{{- end }}
+{{- with .Values.exporterImage }}
+{{- if and (not .repository) (or .tag .digest) }}
+{{- $problems = append $problems "exporterImage has a tag or a digest and no repository, and would not be used: set exporterImage.repository too. Without all three the exporter runs in the service's image." }}
+{{- end }}
+{{- end }}
+{{- toJson $problems }}
+{{- end }}
+
+{{- define "snugfit.checks.gpu" -}}
+{{- $problems := list }}
+{{- $places := include "snugfit.limitedPlaces" . }}{{ $device := default "" .Values.config.device | toString }}
+{{- if eq (include "snugfit.mostReplicas" .) "0" }}
+{{- else if include "snugfit.asksForGpu" . }}
+{{- if or (eq $device "cpu") (and $places (not (regexMatch "[0-9]" $places))) }}
+{{- $why := ternary "config.device is cpu" (printf "config.max_memory names only %s" $places) (eq $device "cpu") }}
+{{- $problems = append $problems (printf "a GPU is asked for, and %s, so that it would be idle: plan with --gpu, or take the GPU out of gpu.count and resources." $why) }}
+{{- end }}
+{{- with dig "limits" "memory" "" (default dict .Values.resources) }}
+{{- if lt (include "snugfit.number" . | float64) 2147483648.0 }}
+{{- $problems = append $problems (printf "a GPU is asked for, and resources.limits.memory is %v: CUDA keeps 1.5Gi on the host beside the process itself. Take the `resources` that `snugfit plan MODEL --gpu SIZE --helm-values` prints; no model takes less than 2Gi." .) }}
+{{- end }}
+{{- end }}
+{{- else }}
+{{- $wants := list }}
+{{- if .Values.gpu.runtimeClassName }}{{ $wants = append $wants "gpu.runtimeClassName is set" }}{{ end }}
+{{- if hasPrefix "cuda" $device }}{{ $wants = append $wants (printf "config.device is %s" $device) }}{{ end }}
+{{- if regexMatch "[0-9]" $places }}{{ $wants = append $wants "config.max_memory names one" }}{{ end }}
+{{- range $wants }}
+{{- $problems = append $problems (printf "no GPU is asked for, and %s: plan with --gpu, or set gpu.count." .) }}
+{{- end }}
 {{- end }}
 {{- toJson $problems }}
 {{- end }}
@@ -60,6 +107,20 @@
 {{- end }}
 {{- if and (eq $mode "ReadOnlyMany") (not .Values.persistence.existingClaim) (not .Values.persistence.dataSource) }}
 {{- $problems = append $problems "a new ReadOnlyMany volume would be empty for ever: name persistence.existingClaim, or persistence.dataSource to fill it from." }}
+{{- end }}
+{{- with .Values.persistence.dataSource }}
+{{- if and (ne (default "PersistentVolumeClaim" .kind) "PersistentVolumeClaim") (not .apiGroup) }}
+{{- $problems = append $problems (printf "persistence.dataSource is a %s without an apiGroup, and only a PersistentVolumeClaim has none: a VolumeSnapshot is of apiGroup snapshot.storage.k8s.io." .kind) }}
+{{- end }}
+{{- end }}
+{{- else }}
+{{- range list "existingClaim" "storageClass" "dataSource" }}
+{{- if get $.Values.persistence . }}
+{{- $problems = append $problems (printf "persistence.%s is set, and persistence is only used with model.source: pvc; it is %s." . $.Values.model.source) }}
+{{- end }}
+{{- end }}
+{{- if not .Values.persistence.readOnly }}
+{{- $problems = append $problems (printf "persistence.readOnly is false, and persistence is only used with model.source: pvc; it is %s." .Values.model.source) }}
 {{- end }}
 {{- end }}
 {{- toJson $problems }}

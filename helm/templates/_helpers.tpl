@@ -141,6 +141,24 @@ imagePullSecrets: {{- toYaml . | nindent 2 }}
 {{- toYaml $resources }}
 {{- end }}
 
+{{/* "true" where a pod asks for a GPU: by `gpu.count`, or in `resources`, by whatever name it has there. */}}
+{{- define "snugfit.asksForGpu" -}}
+{{- $resources := default dict .Values.resources }}
+{{- $gpus := ternary (list .Values.gpu.resource) list (gt (int .Values.gpu.count) 0) }}
+{{- range $name, $count := merge dict (dig "limits" dict $resources) (dig "requests" dict $resources) }}
+{{- $isGpu := or (eq $name $.Values.gpu.resource) (regexMatch "gpu|nvidia" $name) }}
+{{- if and $isGpu (gt (include "snugfit.number" $count | float64) 0.0) }}{{ $gpus = append $gpus $name }}{{ end }}
+{{- end }}
+{{- if $gpus }}true{{ end }}
+{{- end }}
+
+{{/* The places that config.max_memory limits: "0 cpu". It is a text or a table. */}}
+{{- define "snugfit.limitedPlaces" -}}
+{{- $limits := default dict .Values.config.max_memory }}
+{{- if kindIs "map" $limits }}{{ keys $limits | sortAlpha | join " " }}
+{{- else }}{{ regexReplaceAll " *=[^,]*(, *|$)" (toString $limits) " " | trim }}{{ end }}
+{{- end }}
+
 {{- define "snugfit.modelsVolume" -}}
 name: models
 {{- if eq .Values.model.source "image" }}

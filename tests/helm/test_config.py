@@ -17,6 +17,7 @@ EVERY_KIND = {
     "log_format": "json",
     "model": 'a "name"\nof two lines',
 }
+ON_A_GPU = {"gpu": {"count": 1}, "resources": {"limits": {"memory": "8Gi"}}}
 
 
 @pytest.fixture
@@ -53,7 +54,7 @@ def test_whole_numbers_stay_whole(chart):
 
 
 def test_whole_numbers_stay_whole_in_a_map_too(chart, accepted, helm3):
-    values = {"config": {"max_memory": {0: 16_000_000_000, "cpu": 8_000_000_000}}}
+    values = {**ON_A_GPU, "config": {"max_memory": {0: 16_000_000_000, "cpu": 8_000_000_000}}}
     release = chart(values)
     assert "cpu = 8000000000\n" in release.config + "\n"
     assert accepted(release.config).max_memory == "0=16000000000,cpu=8000000000"
@@ -61,7 +62,7 @@ def test_whole_numbers_stay_whole_in_a_map_too(chart, accepted, helm3):
 
 
 def test_limits_by_device_may_be_a_map(chart, accepted):
-    text = chart({"config": {"max_memory": {0: "15GiB", "cpu": "30GiB"}}}).config
+    text = chart({**ON_A_GPU, "config": {"max_memory": {0: "15GiB", "cpu": "30GiB"}}}).config
     assert accepted(text).max_memory == "0=15GiB,cpu=30GiB"
 
 

@@ -31,10 +31,11 @@ def test_a_plans_values_are_taken_as_they_are_printed(chart, plan_file):
 
 
 def test_a_gpu_that_is_counted_is_asked_for_and_limited_alike(chart):
-    release = chart({"gpu": {"count": 2, "resource": "amd.com/gpu", "runtimeClassName": "amd"}})
+    gpu = {"count": 2, "resource": "amd.com/gpu", "runtimeClassName": "amd"}
+    release = chart({"gpu": gpu, "resources": {"limits": {"memory": "2Gi"}}})
     assert release.container["resources"] == {
         "requests": {"cpu": "500m", "memory": "1Gi", "amd.com/gpu": 2},
-        "limits": {"memory": "1Gi", "amd.com/gpu": 2},
+        "limits": {"memory": "2Gi", "amd.com/gpu": 2},
     }
     assert release.pod["runtimeClassName"] == "amd"
 
@@ -43,6 +44,32 @@ def test_without_a_gpu_nothing_speaks_of_one(chart):
     release = chart()
     assert set(release.container["resources"]["limits"]) == {"memory"}
     assert "runtimeClassName" not in release.pod
+
+
+@pytest.mark.parametrize(
+    "resource", ["nvidia.com/gpu", "nvidia.com/gpu.shared", "nvidia.com/mig-1g.10gb", "amd.com/gpu"]
+)
+def test_a_gpu_may_be_asked_for_by_every_name_that_it_has(chart, resource):
+    release = chart(
+        {"resources": {"limits": {"memory": "4Gi", resource: 1}}, "gpu": {"runtimeClassName": "nvidia"}}
+    )
+    assert release.container["resources"]["limits"][resource] == 1
+
+
+@pytest.mark.parametrize("limits", ["0=15GiB,cpu=0", "cpu=0, 0=15GiB", {0: "15GiB", "cpu": 0}])
+def test_limits_of_a_gpu_go_with_one_in_every_form(chart, limits):
+    memory = {"limits": {"memory": "4Gi"}}
+    assert chart({"gpu": {"count": 1}, "resources": memory, "config": {"max_memory": limits}}).deployment
+
+
+def test_without_pods_nobody_asks_what_they_compute_on(chart):
+    assert chart({"replicaCount": 0, "gpu": {"count": 1, "runtimeClassName": "nvidia"}}).deployment
+
+
+def test_why_a_container_ended_is_told_with_the_pod(chart, export_values):
+    pod = chart(export_values).pod
+    containers = [*pod["initContainers"], *pod["containers"]]
+    assert {container["terminationMessagePolicy"] for container in containers} == {"FallbackToLogsOnError"}
 
 
 def test_a_pod_counts_as_started_only_when_the_model_is_loaded(chart):
@@ -184,6 +211,11 @@ def test_a_digest_wins_over_a_tag_and_that_over_the_charts_version(chart):
     assert chart({"image": {**named, "digest": digest}}).container["image"].endswith(f"/snugfit@{digest}")
     assert chart({"image": named}).container["image"].endswith("/snugfit:1.2")
     assert chart({"image": {"repository": "own"}}).container["image"] == "own:0.1.0"
+
+
+def test_a_registry_may_have_a_port(chart):
+    image = {"repository": "registry.example.org:5000/snugfit"}
+    assert chart({"image": image}).container["image"] == "registry.example.org:5000/snugfit:0.1.0"
 
 
 def test_an_own_service_account_may_be_used_and_none_made(chart):

@@ -62,6 +62,12 @@ def test_a_volume_of_many_readers_is_claimed_read_only_and_shared(chart):
     assert release.one("PersistentVolumeClaim")["spec"]["dataSource"] == source
 
 
+def test_a_claim_may_be_filled_from_a_snapshot(chart):
+    source = {"apiGroup": "snapshot.storage.k8s.io", "kind": "VolumeSnapshot", "name": "exported"}
+    release = chart(with_volume(accessMode="ReadOnlyMany", dataSource=source))
+    assert release.one("PersistentVolumeClaim")["spec"]["dataSource"] == source
+
+
 @pytest.mark.parametrize("mode", ["ReadWriteOnce", "ReadWriteOncePod"])
 def test_a_volume_that_one_node_has_is_let_go_before_the_next_pod_takes_it(chart, mode):
     assert chart(with_volume(accessMode=mode)).deployment["strategy"] == {"type": "Recreate"}
