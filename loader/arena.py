@@ -21,12 +21,14 @@ MADV_HUGEPAGE = 14
 class Arena:
     """Hands out views of one buffer: loading cannot fragment memory, and its total is known before."""
 
-    def __init__(self, capacity_bytes: int, device: torch.device) -> None:
+    def __init__(self, capacity_bytes: int, device: torch.device, huge_pages: bool = True) -> None:
+        """`huge_pages`: for what every step reads they are worth their time at the start."""
         import torch
 
         self.capacity_bytes = capacity_bytes
         self.used_bytes = 0
-        if device.type == "cpu" and sys.platform == "linux" and capacity_bytes >= 2 * HUGE_PAGE_BYTES:
+        large = huge_pages and capacity_bytes >= 2 * HUGE_PAGE_BYTES
+        if large and device.type == "cpu" and sys.platform == "linux":
             self._buffer = _huge_buffer(capacity_bytes)
         else:
             self._buffer = torch.empty(capacity_bytes, dtype=torch.uint8, device=device)

@@ -148,14 +148,16 @@ class Runner:
         """The worst steps there can be, so that the memory measured afterwards is the real peak.
 
         Records the graphs first: what they hold is beside what any step needs. Blocks keep what is written
-        here; nobody looks for it. On a CPU only one layer of each kind computes.
+        here; nobody looks for it. On a CPU only one layer of each kind computes, and no whole chunk of one
+        sequence, which takes a second: a chunk beside others is of as many tokens, and has more logits.
         """
         if self._graphs is not None:
             single = worst_steps(self.layout, self.context, 1, 1)[0][0]
             if not self._graphs.record(single):
                 self._graphs = None
+        steps = worst_steps(self.layout, self.context, self.concurrency, self.chunk_tokens)
         with self.shortened():
-            for rows in worst_steps(self.layout, self.context, self.concurrency, self.chunk_tokens):
+            for rows in steps[1:] if self._repeats else steps:
                 logits = self._forward(self._batcher.build(rows))
         rehearse_choice(logits, self.context)
 

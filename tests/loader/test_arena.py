@@ -7,7 +7,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from loader import probe
+from loader import arena, probe
 from loader.arena import ALIGN_BYTES, Arena, aligned
 
 MiB = 2**20
@@ -71,6 +71,11 @@ def test_the_last_piece_needs_no_room_behind_it():
     arena = Arena(ALIGN_BYTES + 12, CPU)
     taken(arena, 1)
     assert taken(arena, 3).nbytes == 12
+
+
+def test_an_arena_without_huge_pages_is_memory_as_any_other(monkeypatch):
+    monkeypatch.setattr(arena, "_huge_buffer", None)
+    assert Arena(64 * MiB, CPU, huge_pages=False).take(torch.Size([64 * MiB]), torch.uint8).nbytes == 64 * MiB
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="huge pages are asked for on Linux")
