@@ -36,8 +36,9 @@ KEY_FILE = "/etc/snugfit/keys/api-keys"
 WAIT_SECONDS = 3
 JOB_SECONDS = 120
 PODMANS_OWN = ("/usr/libexec/podman", "/usr/lib/podman")  # where podman looks, too
-# On a busy machine podman 4.3 may remove an init container before it has seen that it ended.
+# podman 4.3 removes an init container when it has ended, and every second time before it knows that it has.
 PODMANS_RACE = "failed to remove once init container"
+TRIES = 6
 PLAY_LOG = FOLDER / "play.log"
 # A kubelet's work, for which podman has nothing, or needs systemd.
 KUBELETS = ("ports", "startupProbe", "readinessProbe", "livenessProbe", "lifecycle")
@@ -48,12 +49,13 @@ def main() -> int:
 
 
 def played() -> str:
-    try:
-        return _play()
-    except Failed as err:
-        if PODMANS_RACE not in str(err):
-            raise
-        return _play()
+    for _ in range(TRIES - 1):
+        try:
+            return _play()
+        except Failed as err:
+            if PODMANS_RACE not in str(err):
+                raise
+    return _play()
 
 
 def _play() -> str:
