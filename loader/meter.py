@@ -81,9 +81,10 @@ class Meter:
         """
         for gpu, was_free in self._free_before.items():
             if was_free is not None:
-                since = _beside_the_allocator(gpu, was_free) - self._context_bytes[gpu]
-                self._context_bytes[gpu] += min(max(since, 0), self._later_bytes[gpu])
-                self._later_bytes[gpu] -= min(max(since, 0), self._later_bytes[gpu])
+                taken = _beside_the_allocator(gpu, was_free) - self._context_bytes[gpu]
+                counted = min(max(taken, 0), self._later_bytes[gpu])
+                self._context_bytes[gpu] += counted
+                self._later_bytes[gpu] -= counted
 
     def close(self) -> None:
         """Give back what torch's allocator keeps of each GPU, and take the caps off."""

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from contextlib import AbstractContextManager
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from torch import nn
@@ -13,40 +12,10 @@ from torch.nn.functional import linear
 from service.engine.attention import Layer as AttentionLayer
 from service.engine.attention import layer_of
 from service.engine.backends import Paged
-from service.engine.cuda.library import DTYPES, FEW_ROWS, LOAD_BYTES, MOST_WIDTH, VECTOR
+from service.engine.cuda.library import DTYPES, FEW_ROWS, LOAD_BYTES, MOST_WIDTH, VECTOR, CudaKernels
 from service.engine.families import ATTENTION, GATED_MLP, LLAMA_KINDS, SILU, activation_of, is_hooked
 
 Tables = tuple[torch.Tensor, torch.Tensor]  # cos and sin of the step's positions, [1, tokens, head_dim]
-
-
-class Kernels(Protocol):
-    """As CudaKernels has them."""
-
-    def here(self) -> AbstractContextManager[None]: ...
-
-    def close(self) -> None: ...
-
-    def add_rms_norm(
-        self, hidden: torch.Tensor, delta: torch.Tensor | None, weight: torch.Tensor, eps: float
-    ) -> torch.Tensor: ...
-
-    def rotate_and_store(
-        self,
-        q: torch.Tensor,
-        k: torch.Tensor,
-        v: torch.Tensor,
-        tables: tuple[torch.Tensor, torch.Tensor],
-        norms: tuple[torch.Tensor | None, torch.Tensor | None],
-        eps: float,
-        slots: torch.Tensor,
-        pools: tuple[torch.Tensor, torch.Tensor],
-    ) -> None: ...
-
-    def silu_times(self, gate: torch.Tensor, up: torch.Tensor) -> torch.Tensor: ...
-
-    def times_matrices(self, x: torch.Tensor, linears: Sequence[nn.Linear]) -> list[torch.Tensor]: ...
-
-    def times_gated(self, x: torch.Tensor, gate: nn.Linear, up: nn.Linear) -> torch.Tensor: ...
 
 
 def fusible(layer: Any) -> bool:
@@ -73,7 +42,7 @@ def fusible(layer: Any) -> bool:
 class FusedLayer:
     """One layer over its own weights, which stay where they are."""
 
-    def __init__(self, kernels: Kernels, layer: Any) -> None:
+    def __init__(self, kernels: CudaKernels, layer: Any) -> None:
         own, mlp = layer.self_attn, layer.mlp
         attention = layer_of(own)
         assert attention is not None  # as `fusible` has seen
@@ -123,7 +92,7 @@ class FusedLayer:
 class FusedStack(nn.Module):
     """All layers of a model: [1, tokens, hidden] in, the same memory out."""
 
-    def __init__(self, kernels: Kernels, layers: Sequence[nn.Module]) -> None:
+    def __init__(self, kernels: CudaKernels, layers: Sequence[nn.Module]) -> None:
         super().__init__()
         self.layers = nn.ModuleList(layers)
         self._kernels = kernels

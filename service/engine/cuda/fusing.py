@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from service.engine.cuda.decoder import FusedStack, Kernels, fusible
+from service.engine.cuda.decoder import FusedStack, fusible
 from service.engine.cuda.library import LEAST_CAPABILITY, CannotCompile, CudaKernels, LaunchFailed
 from service.engine.proof import KernelsDiffer, Shortened, prove
 
@@ -28,7 +28,7 @@ class Fused:
             for name, child in parent.named_children()
             if isinstance(child, nn.ModuleList) and _is_fusible(child, device)
         ]
-        self._kernels: Kernels | None = None
+        self._kernels: CudaKernels | None = None
 
     def __bool__(self) -> bool:
         return bool(self._places)
@@ -37,7 +37,7 @@ class Fused:
     def dtype(self) -> torch.dtype:
         return next(self._places[0][2].parameters()).dtype
 
-    def apply(self, kernels: Kernels) -> None:
+    def apply(self, kernels: CudaKernels) -> None:
         self._kernels = kernels
         for parent, name, layers in self._places:
             setattr(parent, name, nn.ModuleList([FusedStack(kernels, [*layers])]))
@@ -52,7 +52,7 @@ class Fused:
 
 
 def fuse(
-    model: Any, runner: Shortened, device: torch.device, make: Callable[..., Kernels] = CudaKernels
+    model: Any, runner: Shortened, device: torch.device, make: Callable[..., CudaKernels] = CudaKernels
 ) -> Fused | None:
     """Fuse the layers of a model that is whole on one GPU; whoever asked closes what is returned.
 
